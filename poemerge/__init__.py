@@ -1,0 +1,1 @@
+"""poemerge: model merging as MAP inference under a product of experts."""

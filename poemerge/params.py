@@ -1,0 +1,402 @@
+"""params.yaml as frozen models, one section a stage: unknown keys are refused, all problems are told at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from poemerge.errors import ParamsError, Problem
+
+__all__ = [
+    "BaselineName",
+    "CollectionParams",
+    "EvaluateParams",
+    "ExpertParams",
+    "FetchParams",
+    "GateParams",
+    "MergeOverride",
+    "MergeParams",
+    "Method",
+    "Params",
+    "RegisterParams",
+    "ScheduleParams",
+    "SourceParams",
+    "SuiteParams",
+    "TailParams",
+    "WatchParams",
+    "load_params",
+    "parse_bytes",
+]
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+"""Names of experts, suites and models become file names, so they are held to what every file system takes."""
+
+BaselineName = Literal["mean", "task_arithmetic", "ties", "dare_ties", "tsv_m", "iso_c", "wudi", "karcher"]
+Method = Literal["poe", "mean", "task_arithmetic", "ties", "dare_ties", "tsv_m", "iso_c", "wudi", "karcher"]
+Family = Literal["gaussian", "student_t", "cauchy"]
+Side = Literal["output", "input", "both"]
+ByteCount = Annotated[int | str, Field(union_mode="left_to_right")]
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: int | str) -> int:
+    """Number of bytes that `text` says: 8GB, 500MiB, 1e9, 1000000.
+
+    Raises ValueError when it is no positive amount.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    if match is None or match[2].upper() not in UNITS:
+        raise ValueError(f"{text!r} is no amount of memory; write for instance 8GB, 500MiB or 1000000")
+    count = int(float(match[1]) * UNITS[match[2].upper()])
+    if count <= 0:
+        raise ValueError(f"{text!r} is not positive")
+    return count
+
+
+class Section(BaseModel):
+    """A frozen section: values cannot change after loading and keys nobody knows are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SourceParams(Section):
+    """Where a checkpoint comes from: hf://owner/name, a folder, models:/NAME@alias, s3://bucket/prefix."""
+
+    source: str = Field(min_length=1)
+    revision: str | None = None
+
+
+class ExpertParams(SourceParams):
+    """One task model: its source, and its licence where the source does not say it."""
+
+    license: str | None = None
+
+
+class CollectionParams(Section):
+    """A place whose members become experts as they appear: hf://owner?tag=…, a drop folder, models:/PATTERN*."""
+
+    source: str = Field(min_length=1)
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+
+class FetchParams(Section):
+    """What fetching does when an expert cannot be had or is malformed."""
+
+    on_bad_expert: Literal["fail", "skip"] = "fail"
+
+
+class TailParams(Section):
+    """The tail fit: at which reference merges residuals are taken, and how many entries of each matrix."""
+
+    references: tuple[Literal["mean", "task_arithmetic", "ties"], ...] = ("mean", "task_arithmetic", "ties")
+    entries_per_matrix: int = Field(default=20_000, ge=1_000)
+    seed: int = 0
+
+
+class SelectionParams(Section):
+    """Which expert family the merge uses: fixed by name, or `auto`, from the tail fit."""
+
+    family: Literal["auto", "gaussian", "student_t", "cauchy"] = "auto"
+    tail_index: float | None = Field(default=None, gt=0)
+    per: Literal["model", "group"] = "model"
+
+    @model_validator(mode="after")
+    def _tail_index_belongs_to_student_t(self) -> SelectionParams:
+        if self.family == "student_t" and self.tail_index is None:
+            raise ValueError("family student_t needs a tail_index (or family: auto, which fits it)")
+        if self.family in {"gaussian", "cauchy"} and self.tail_index is not None:
+            raise ValueError(f"tail_index belongs to family student_t, not {self.family}")
+        return self
+
+
+class MergeOverride(Section):
+    """Settings for the parameters whose name matches the glob it stands under; what is not given is inherited."""
+
+    method: Method | None = None
+    family: Family | None = None
+    side: Side | None = None
+    scale: Literal["task-norm", "gram-norm", "fitted"] | None = None
+    scale_factor: float | None = Field(default=None, gt=0)
+    prior: Literal["relative", "absolute"] | None = None
+    prior_precision: float | None = Field(default=None, ge=0)
+    coefficient: float | None = None
+
+
+class MergeParams(Section):
+    """The merge: method, energy, prior, and how the work is carried out."""
+
+    method: Method = "poe"
+    side: Side = "both"
+    scale: Literal["task-norm", "gram-norm", "fitted"] = "gram-norm"
+    scale_factor: float = Field(default=0.1, gt=0)
+    prior: Literal["relative", "absolute"] = "relative"
+    prior_precision: float = Field(default=1e-2, ge=0)
+    coefficient: float = 1.0
+    max_steps: int = Field(default=50, ge=1)
+    rtol: float = Field(default=1e-5, gt=0, lt=1)
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, MergeOverride] = Field(default_factory=dict)
+    device: str = "auto"
+    dtype: Literal["base", "float32", "float16", "bfloat16"] = "base"
+    max_memory: ByteCount = "4GB"
+    max_shard_size: ByteCount = "5GB"
+    engine: Literal["local", "dask"] = "local"
+    dask_address: str | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _amounts_are_amounts(self) -> MergeParams:
+        parse_bytes(self.max_memory)
+        parse_bytes(self.max_shard_size)
+        return self
+
+
+class SuiteParams(Section):
+    """One evaluation suite: its kind, data and split; `expert` is the task model it belongs to (default: its own name).
+
+    `options` are the kind's own settings, checked by the kind.
+    """
+
+    kind: str = "text-classification"
+    data: str | None = None
+    split: str = "test"
+    metric: str = "accuracy"
+    expert: str | None = None
+    head: str | None = None
+    max_examples: int | None = Field(default=None, ge=1)
+    options: Mapping[str, Any] = Field(default_factory=dict)
+
+
+class EvaluateParams(Section):
+    """What is scored: suites by name, and the methods merged and scored beside ours."""
+
+    suites: Mapping[Name, SuiteParams] = Field(default_factory=dict)
+    baselines: tuple[BaselineName, ...] = ("mean", "task_arithmetic", "ties")
+    batch_size: int = Field(default=64, ge=1)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    bootstrap_samples: int = Field(default=2_000, ge=100)
+    seed: int = 0
+
+
+class GateParams(Section):
+    """What a candidate must show before it may become champion."""
+
+    min_gain: float = 0.0
+    max_suite_drop: float = Field(default=0.02, ge=0)
+    level: float = Field(default=0.05, gt=0, lt=1)
+    floors: Mapping[str, float] = Field(default_factory=dict)
+    min_weight_share: float = Field(default=0.0, ge=0, lt=1)
+    licenses: tuple[str, ...] | None = None
+    max_size: ByteCount | None = None
+
+
+class RegisterParams(Section):
+    """The registered model's name, and how promotion is decided."""
+
+    model: Name = "poemerge"
+    gates: GateParams = GateParams()
+    approval: Literal["none", "required"] = "none"
+    two_person: bool = False
+    approval_hours: float = Field(default=72.0, gt=0)
+
+
+class WatchParams(Section):
+    """How often sources are looked at, and how long to wait for further landings before one re-merge."""
+
+    interval_seconds: int = Field(default=60, ge=1)
+    settle_seconds: int = Field(default=30, ge=0)
+
+
+class ScheduleParams(Section):
+    """When re-merging happens by itself."""
+
+    cron: str | None = "0 3 * * *"
+    timezone: str = "UTC"
+    watch: WatchParams = WatchParams()
+
+
+class Params(Section):
+    """params.yaml, whole."""
+
+    base: SourceParams
+    experts: Mapping[Name, ExpertParams] = Field(default_factory=dict)
+    collections: Mapping[Name, CollectionParams] = Field(default_factory=dict)
+    fetch: FetchParams = FetchParams()
+    tail: TailParams = TailParams()
+    expert: SelectionParams = SelectionParams()
+    merge: MergeParams = MergeParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    register_: RegisterParams = Field(default=RegisterParams(), alias="register")
+    schedule: ScheduleParams = ScheduleParams()
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _has_experts(self) -> Params:
+        if not self.experts and not self.collections:
+            raise ValueError("no experts: name at least one under `experts` (or a collection under `collections`)")
+        return self
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; an expert named twice must be told."""
+
+
+def _mapping_without_duplicates(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} stands twice, first on line {seen[key]}", key_node.start_mark
+            )
+        seen[key] = key_node.start_mark.line + 1
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def load_params(path: Path) -> Params:
+    """Params read from the YAML file `path`.
+
+    Raises ParamsError listing every problem: YAML that does not parse, keys that stand twice, unknown keys with the
+    nearest known one, values of the wrong type or outside their range, suites of experts that do not exist.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(
+            Problem(
+                str(path),
+                got=str(error),
+                expected="a readable UTF-8 YAML file",
+                next_step="check the path and its rights",
+            )
+        ) from error
+    try:
+        raw = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ParamsError(
+            Problem(str(path), got=" ".join(str(error).split()), expected="valid YAML", next_step="mend that line")
+        ) from error
+    if not isinstance(raw, dict):
+        raise ParamsError(
+            Problem(
+                str(path),
+                got=type(raw).__name__,
+                expected="a mapping with at least `base` and `experts`",
+                next_step="see the params.yaml of a fresh clone",
+            )
+        )
+    problems: list[Problem] = []
+    params: Params | None = None
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        problems += [_problem(path, root, detail) for detail in error.errors()]
+    problems += _dangling_names(path, root, raw)
+    if problems or params is None:
+        raise ParamsError(problems)
+    return params
+
+
+def _dangling_names(path: Path, root: yaml.Node | None, raw: dict[str, Any]) -> Iterator[Problem]:
+    """Suites that name an expert which params.yaml does not have (members of collections are known only later)."""
+    experts, evaluate = raw.get("experts"), raw.get("evaluate")
+    if not isinstance(experts, dict) or not isinstance(evaluate, dict) or raw.get("collections"):
+        return
+    suites = evaluate.get("suites")
+    for name, suite in suites.items() if isinstance(suites, dict) else ():
+        wanted = (suite or {}).get("expert") if isinstance(suite, dict) else None
+        if wanted is not None and wanted not in experts:
+            yield Problem(
+                _where(path, root, ("evaluate", "suites", name, "expert")),
+                got=str(wanted),
+                expected=f"one of the experts: {', '.join(map(str, experts))}",
+                next_step=_nearest(str(wanted), [str(e) for e in experts]),
+                expert=str(wanted),
+            )
+
+
+def _problem(path: Path, root: yaml.Node | None, detail: Any) -> Problem:
+    location: tuple[Any, ...] = detail["loc"]
+    where = _where(path, root, location)
+    if detail["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        return Problem(
+            where,
+            got=f"unknown key {str(location[-1])!r}",
+            expected=f"one of: {', '.join(known)}",
+            next_step=_nearest(str(location[-1]), known),
+        )
+    if detail["type"] == "missing":
+        return Problem(where, got="nothing", expected="a value", next_step=f"add the key {location[-1]!r}")
+    return Problem(
+        where,
+        got=_short(detail["input"]),
+        expected=detail["msg"].removeprefix("Value error, "),
+        next_step="mend the value",
+        expert=str(location[1]) if len(location) > 1 and location[0] == "experts" else None,
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}…"
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "remove it or choose one of those"
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    """The keys that the section at `location` knows, by walking the models' annotations."""
+    model: Any = Params
+    for step in location:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            fields = {field.alias or name: field for name, field in model.model_fields.items()}
+            if str(step) not in fields:
+                return []
+            model = fields[str(step)].annotation
+        else:
+            model = get_args(model)[-1]  # Mapping[key, value]: one step down is the value
+        model = (
+            next((part for part in get_args(model) if isinstance(part, type) and issubclass(part, BaseModel)), model)
+            if (get_args(model) and type(None) in get_args(model))
+            else model
+        )
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return [field.alias or name for name, field in model.model_fields.items()]
+    return []
+
+
+def _where(path: Path, root: yaml.Node | None, location: tuple[Any, ...]) -> str:
+    """`params.yaml:12 merge.scale_factor`: the line is that of the nearest key that the file has."""
+    node, line = root, 1
+    for step in location:
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                if key_node.value == str(step):
+                    line, node = key_node.start_mark.line + 1, value_node
+                    break
+            else:
+                break
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return f"{path.name}:{line} {'.'.join(str(step) for step in location) or '(whole file)'}"
