@@ -70,6 +70,14 @@ class Project:
     def expert(self, name: str) -> Path:
         return self.experts / name
 
+    @property
+    def suites(self) -> Path:
+        return self.root / "data" / "suites"
+
+    def suite(self, name: str) -> Path:
+        """The data that fetch brought for the suite `name`."""
+        return self.suites / name
+
     def expert_folders(self) -> dict[str, Path]:
         """The fetched experts by name, in order of name."""
         return {path.name: path for path in sorted(self.experts.iterdir()) if (path / "source.json").is_file()}
