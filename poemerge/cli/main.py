@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0 done, 1 the work failed, 2 bad usage or bad input, 130 interrupted."""
+    """Run one command; returns its exit status: 0 done, 1 work failed, 2 bad usage or bad input, 130 interrupted."""
     args = build_parser().parse_args(argv)
     try:
         status: int = args.run(args)
