@@ -16,10 +16,10 @@ from poemerge.errors import PoemergeError
 __all__ = ["build_parser", "main"]
 
 COMMANDS = (
-    # in the order that somebody meets them
-    "demo", "zoo", "run", "plan", "status", "ui", "merge", "evaluate", "report", "sweep", "models", "lineage", "promote",
-    "approve", "reject", "rollback", "replay", "export", "gc", "watch", "serve", "doctor",
-)  # fmt: skip
+    "demo zoo run plan status ui merge evaluate report sweep models lineage promote approve reject rollback replay export "
+    "gc watch serve doctor"
+).split()
+"""In the order that somebody meets them."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,8 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="poemerge",
         description="Merge fine-tuned models as MAP inference under a product of experts.",
-        epilog="`poemerge COMMAND --help` shows an example of each. Exit status: 0 done, 1 the work failed, 2 bad usage "
-        "or bad input.",
+        epilog="`poemerge COMMAND --help` shows an example of each. Exit status: 0 done, 1 the work failed, "
+        "2 bad usage or bad input.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
