@@ -159,3 +159,22 @@ class Project:
     @property
     def prefect_home(self) -> Path:
         return self.state / "prefect"
+
+    @property
+    def run_lock(self) -> Path:
+        """Held while one re-merge is at work, so that a second one waits."""
+        return self.state / "run.lock"
+
+    @property
+    def dvc_guard(self) -> Path:
+        """Held around every DVC command of ours: DVC's own lock does not cover threads of one process."""
+        return self.state / "dvc.lock"
+
+    def stage_failure(self, stage: str) -> Path:
+        """What the last run of the stage failed with; absent when it did not fail."""
+        return self.state / "failures" / f"{stage}.json"
+
+    @property
+    def stage_seconds(self) -> Path:
+        """How long each stage took when it last ran, from which the next run's estimates come."""
+        return self.state / "stage_seconds.json"
