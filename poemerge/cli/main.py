@@ -16,9 +16,29 @@ from poemerge.errors import PoemergeError
 __all__ = ["build_parser", "main"]
 
 COMMANDS = (
-    "demo zoo run plan status ui merge evaluate report sweep models lineage promote approve reject rollback replay export "
-    "gc watch serve doctor"
-).split()
+    "demo",
+    "zoo",
+    "run",
+    "plan",
+    "status",
+    "ui",
+    "merge",
+    "evaluate",
+    "report",
+    "sweep",
+    "models",
+    "lineage",
+    "promote",
+    "approve",
+    "reject",
+    "rollback",
+    "replay",
+    "export",
+    "gc",
+    "watch",
+    "serve",
+    "doctor",
+)
 """In the order that somebody meets them."""
 
 
