@@ -1,0 +1,28 @@
+"""Safetensors in and out: lazy readers, adapters in factored form, sharded atomic writers, digests."""
+
+from poemerge.checkpoints.adapter import Adapter, is_adapter
+from poemerge.checkpoints.checkpoint import Checkpoint, model_config
+from poemerge.checkpoints.digest import DigestCache, file_digest, folder_digest
+from poemerge.checkpoints.expert_set import Expert, ExpertSet
+from poemerge.checkpoints.names import Rule, layer_group
+from poemerge.checkpoints.writer import Shard, ShardFile, plan_shards, save_tensors, weights_digest, write_index
+
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "DigestCache",
+    "Expert",
+    "ExpertSet",
+    "Rule",
+    "Shard",
+    "ShardFile",
+    "file_digest",
+    "folder_digest",
+    "is_adapter",
+    "layer_group",
+    "model_config",
+    "plan_shards",
+    "save_tensors",
+    "weights_digest",
+    "write_index",
+]

@@ -1,0 +1,316 @@
+"""A base and its experts as one set: checked together, every parameter classified, deltas read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from poemerge.checkpoints.adapter import Adapter, dense, factored, is_adapter
+from poemerge.checkpoints.checkpoint import HEAD, Checkpoint, model_config
+from poemerge.checkpoints.compatibility import (
+    config_problems,
+    foreign_problems,
+    same_tensor,
+    shape_problems,
+    transposed_layout,
+)
+from poemerge.checkpoints.names import Rule, match_names, rule_of, selected
+from poemerge.checkpoints.safetensors_file import FLOATS
+from poemerge.errors import CheckpointError, Problem
+
+__all__ = ["Expert", "ExpertSet"]
+
+
+class Expert:
+    """One task model beside its base: which of its tensors stand for which of the base's, and which are its own.
+
+    `full`: base name → its own name for a tensor stored whole; `lora`: base name → its own name for a factored delta;
+    `private`: its own names of the parameters that the base lacks or has in another shape; `lacks`: base names of
+    weights that a full model does not hold (they stay at the base as far as this expert is concerned).
+    """
+
+    def __init__(self, name: str, path: Path, source: Checkpoint | Adapter, head: Checkpoint | None) -> None:
+        self.name = name
+        self.path = path
+        self.source = source
+        self.full: dict[str, str] = {}
+        self.lora: dict[str, str] = {}
+        self.private: list[str] = []
+        self.lacks: list[str] = []
+        self._head = head
+
+    @property
+    def kind(self) -> str:
+        """`adapter` or `full`."""
+        return "adapter" if isinstance(self.source, Adapter) else "full"
+
+    @property
+    def weights(self) -> Checkpoint:
+        """The checkpoint that its weights or factors lie in."""
+        return self.source.checkpoint if isinstance(self.source, Adapter) else self.source
+
+    def stored(self, own: str) -> str:
+        """The name in its file of the whole tensor that it calls `own`."""
+        return self.source.full[own] if isinstance(self.source, Adapter) else own
+
+    def read_own(self, own: str, rows: slice | None = None) -> Tensor:
+        """The whole tensor that it calls `own`, in its stored dtype; `own` may be private."""
+        if self._head is not None and own in self._head:
+            return self._head.read(own, rows)
+        return self.weights.read(self.stored(own), rows)
+
+    def private_names(self) -> list[str]:
+        """Names of its private parameters, head.safetensors included."""
+        return [*self.private, *(self._head.names() if self._head is not None else ())]
+
+    def read_private(self) -> dict[str, Tensor]:
+        """Its private parameters by name, in their stored dtype."""
+        return {own: self.read_own(own) for own in self.private_names()}
+
+    def close(self) -> None:
+        """Give the file descriptors back."""
+        self.source.close()
+        if self._head is not None:
+            self._head.close()
+
+
+class ExpertSet:
+    """The base, its experts in order of name, and what is to become of every parameter of the base.
+
+    Deltas are expert minus base in float32, `[expert, *shape]`, in the order of `touching(name)`.
+    """
+
+    def __init__(self, base: Checkpoint, experts: dict[str, Expert], rules: dict[str, Rule]) -> None:
+        self.base = base
+        self.experts = experts
+        self.rules = rules
+        self.config = model_config(base.path if base.path.is_dir() else base.path.parent)
+
+    @staticmethod
+    def open(
+        base: Path,
+        experts: Mapping[str, Path],
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+    ) -> ExpertSet:
+        """The set of the base folder and the experts' folders by name; parameters outside `include`, or in `exclude`,
+        stay at the base.
+
+        Headers are read; of the tensors only a few rows, to see that each expert comes from this base.
+        Raises CheckpointError with every problem of every checkpoint.
+        """
+        problems: list[Problem] = []
+        base_checkpoint: Checkpoint | None = None
+        try:
+            if is_adapter(Path(base)) and not (Path(base) / "config.json").is_file():
+                raise CheckpointError(
+                    Problem(str(base), "a LoRA adapter", "a full model as the base", "name the model it was trained on")
+                )
+            base_checkpoint = Checkpoint.open(Path(base))
+            if not len(base_checkpoint):
+                raise CheckpointError(Problem(str(base), "no tensors", "the base's weights", "fetch the base again"))
+        except CheckpointError as error:
+            problems += error.problems
+        opened: dict[str, Expert] = {}
+        for name, path in sorted(experts.items()):
+            try:
+                opened[name] = _open_expert(name, Path(path))
+            except CheckpointError as error:
+                problems += error.problems
+        if not experts:
+            problems.append(Problem("experts", "none", "at least one expert", "name one with NAME=FOLDER"))
+        if base_checkpoint is not None:
+            rules: dict[str, Rule] = {
+                name: rule_of(name, base_checkpoint.shape(name), base_checkpoint.dtype(name))
+                if selected(name, include, exclude)
+                else "base"
+                for name in base_checkpoint.names()
+            }
+            for expert in opened.values():
+                problems += _meet(base_checkpoint, expert, rules)
+        if problems or base_checkpoint is None:
+            raise CheckpointError(problems)
+        return ExpertSet(base_checkpoint, opened, rules)
+
+    def names(self) -> list[str]:
+        """Names of the base's parameters, in the order in which they lie in its files."""
+        return self.base.names()
+
+    def rule(self, name: str) -> Rule:
+        """What becomes of the parameter `name`: `base` when it is excluded or no expert holds it."""
+        return self.rules[name] if self.touching(name) else "base"
+
+    def touching(self, name: str) -> list[str]:
+        """The experts that hold a value or a delta for `name`, in order of name."""
+        if self.rules[name] == "base":
+            return []
+        return [expert.name for expert in self.experts.values() if name in expert.full or name in expert.lora]
+
+    def transposed(self, name: str) -> bool:
+        """Whether `name` is stored as [in, out] (GPT-2's Conv1D) and not as [out, in]."""
+        return transposed_layout(name, self.config)
+
+    def is_factored(self, name: str) -> bool:
+        """Whether every expert that touches `name` has it as LoRA factors alone."""
+        touching = self.touching(name)
+        return bool(touching) and not any(name in self.experts[expert].full for expert in touching)
+
+    def factors(self, name: str) -> list[tuple[Tensor, Tensor, float]]:
+        """(B, A, scaling) of every expert in `touching(name)`, in the layout in which the base stores the weight.
+
+        Raises ValueError where an expert has the weight whole (`is_factored` tells).
+        """
+        if not self.is_factored(name):
+            raise ValueError(f"{name} is not factored in every expert")
+        return [self._factors(self.experts[expert], name) for expert in self.touching(name)]
+
+    def delta(self, expert: str, name: str, rows: slice | None = None, base: Tensor | None = None) -> Tensor:
+        """Expert minus base of one parameter, float32; zero where the expert does not touch it.
+
+        `base` is that parameter (those `rows`) of the base in float32, where the caller has it already.
+        """
+        one = self.experts[expert]
+        if base is None and name in one.full:
+            base = self.base.read(name, rows).to(torch.float32)
+        if name in one.full:
+            own = one.read_own(one.full[name], rows)
+            delta = own.to(torch.float32).reshape(base.shape) if base is not None else own.to(torch.float32)
+            delta = delta.sub_(base) if delta.dtype != own.dtype else delta.sub(base)
+        else:
+            shape = self.base.shape(name)
+            count = shape[0] if rows is None else len(range(*rows.indices(shape[0])))
+            delta = torch.zeros((count, *shape[1:]), dtype=torch.float32)
+        if name in one.lora:
+            b, a, scaling = self._factors(one, name)
+            delta += dense(b if rows is None else b[rows], a, scaling)
+        return delta
+
+    def deltas(self, name: str, rows: slice | None = None) -> Tensor:
+        """Deltas of every expert in `touching(name)`: float32 `[expert, *shape]`."""
+        touching = self.touching(name)
+        base = self.base.read(name, rows).to(torch.float32)
+        out = torch.empty((len(touching), *base.shape), dtype=torch.float32)
+        for i, expert in enumerate(touching):
+            out[i] = self.delta(expert, name, rows, base)
+        return out
+
+    def close(self) -> None:
+        """Give the file descriptors back."""
+        self.base.close()
+        for expert in self.experts.values():
+            expert.close()
+
+    def _factors(self, expert: Expert, name: str) -> tuple[Tensor, Tensor, float]:
+        assert isinstance(expert.source, Adapter)
+        own = expert.lora[name]
+        b, a, scaling = expert.source.factors(own)
+        return *factored(b, a, _is_transposed(expert.source, own, self.base.shape(name), name, self.config)), scaling
+
+
+def _open_expert(name: str, path: Path) -> Expert:
+    if path.is_dir() and is_adapter(path) and not (path / "config.json").is_file():
+        adapter = Adapter.open(path, name)
+        return Expert(name, path, adapter, adapter.head)
+    checkpoint = Checkpoint.open(path, name)
+    if not len(checkpoint):
+        raise CheckpointError(
+            Problem(
+                str(path), "no tensors", "the weights of a fine-tuned model", "fetch or save the expert again", name
+            )
+        )
+    head = Checkpoint.open(path / HEAD, name) if path.is_dir() and (path / HEAD).is_file() else None
+    return Expert(name, path, checkpoint, head)
+
+
+def _is_transposed(adapter: Adapter, own: str, shape: tuple[int, ...], name: str, config: Mapping[str, object]) -> bool:
+    """Whether the delta of the module `own` is (B A)ᵀ in the base's layout: embeddings and Conv1D layers."""
+    module = adapter.modules[own]
+    if module.transposed is not None:
+        return module.transposed
+    natural = (adapter.checkpoint.shape(module.b)[0], adapter.checkpoint.shape(module.a)[1])
+    if natural[0] != natural[1]:
+        return natural != tuple(shape)
+    # A square weight does not tell: fan_in_fan_out is one flag for all modules and PEFT sets it for Conv1D.
+    return bool(adapter.config.get("fan_in_fan_out")) and transposed_layout(name, config)
+
+
+def _meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterator[Problem]:
+    """Match the expert's tensors with the base's, filling its fields; yields every reason why they do not fit."""
+    config = model_config(base.path if base.path.is_dir() else base.path.parent)
+    if expert.kind == "full" and expert.path.is_dir():
+        yield from config_problems(config, model_config(expert.path), expert.path, expert.name)
+    names = base.names()
+    in_base = set(names)
+    if isinstance(expert.source, Adapter):
+        own_full, own_lora = list(expert.source.full), list(expert.source.modules)
+    else:
+        own_full, own_lora = [n for n in expert.source.names() if expert.source.dtype(n) in FLOATS], []
+    matched = match_names(in_base, own_full + own_lora)
+    for own in own_lora:
+        if own not in matched:
+            yield Problem(
+                str(expert.path),
+                "LoRA factors for a weight that the base's files lack",
+                "weights that the base has",
+                "it may be tied to another weight (an output layer to the embedding): merge the adapter into its base "
+                "with PEFT and use the full model; or it was trained on another architecture",
+                expert.name,
+                own,
+            )
+            continue
+        assert isinstance(expert.source, Adapter)
+        target = matched[own]
+        module = expert.source.modules[own]
+        b, a = expert.source.checkpoint.shape(module.b)[0], expert.source.checkpoint.shape(module.a)[1]
+        shape = base.shape(target)
+        if shape not in ((b, a), (a, b)) or (
+            shape != (b, a) and not (module.transposed or transposed_layout(target, config))
+        ):
+            yield Problem(
+                str(expert.path),
+                f"factors for a weight of shape {(b, a)}",
+                f"{shape}, the base's shape",
+                "name the base that this adapter was trained on",
+                expert.name,
+                own,
+            )
+        elif rules[target] != "base":
+            expert.lora[target] = own
+    yield from shape_problems(base, expert.weights, expert.stored, own_full, matched, rules, expert.path, expert.name)
+    for own in own_full:
+        other = matched.get(own)
+        if other is None or base.shape(other) != expert.weights.shape(expert.stored(own)):
+            expert.private.append(own)
+        elif rules[other] != "base":
+            expert.full[other] = own
+    if expert.kind == "full":
+        _untangle_ties(base, expert, rules, in_base - set(matched.values()))
+        yield from foreign_problems(base, expert.weights, expert.full, expert.lacks, expert.path, expert.name)
+    elif isinstance(expert.source, Adapter):
+        # PEFT saves an embedding whole beside its factors when the layer is adapted: an unchanged copy is no delta.
+        for target in [target for target in expert.full if target in expert.lora]:
+            if same_tensor(base, target, expert.weights, expert.stored(expert.full[target])):
+                del expert.full[target]
+
+
+def _untangle_ties(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule], absent: set[str]) -> None:
+    """Tied weights are stored once or twice, as the saving library pleased: bring the expert to the base's habit.
+
+    A copy that only the expert stores is dropped; a copy that only the base stores is read from its twin.
+    """
+    weights = expert.weights
+    twins = {name: own for name, own in expert.full.items() if rules[name] == "embedding"}
+    for own in list(expert.private):
+        if any(same_tensor(weights, own, weights, twin) for twin in twins.values()):
+            expert.private.remove(own)
+    for name in sorted(absent):
+        if rules[name] == "base":
+            continue
+        twin = next((t for t in twins if rules[name] == "embedding" and same_tensor(base, name, base, t)), None)
+        if twin is not None:
+            expert.full[name] = twins[twin]
+        else:
+            expert.lacks.append(name)

@@ -1,0 +1,81 @@
+"""How names of parameters in an expert meet those of the base, and what kind of parameter a name stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+
+from poemerge.checkpoints.safetensors_file import FLOATS
+
+__all__ = ["Rule", "is_head", "layer_group", "match_names", "rule_of", "selected"]
+
+Rule = Literal["matrix", "vector", "embedding", "base"]
+
+_EMBEDDING = re.compile(
+    r"(^|[._])(embed\w*|wte|wpe|shared|word_embeddings|cls_token|class_embedding|mask_token|pos_embed|relative_attention_bias"
+    r"|lm_head)([._]|$)|embedding"
+)
+_NORM = re.compile(r"(^|[._])(\w*norm\w*|ln\d*|ln_\w+)([._]|$)", re.IGNORECASE)
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
+
+
+def match_names(ours: Collection[str], theirs: Sequence[str]) -> dict[str, str]:
+    """Name in the base (`ours`) for each name in the expert (`theirs`) that has one.
+
+    A task model keeps its backbone under a prefix (bert., model., vit.) that the bare base lacks, or the other way
+    round: transformers' base_model_prefix. The prefix is the one that lets most names meet; none, when that is as good.
+    """
+    best = {name: name for name in theirs if name in ours}
+    for prefix in dict.fromkeys(_prefixes(theirs)):
+        found = {name: name.removeprefix(prefix) for name in theirs if name.startswith(prefix)}
+        best = _better(best, found, ours)
+    for prefix in dict.fromkeys(_prefixes(list(ours))):
+        best = _better(best, {name: prefix + name for name in theirs}, ours)
+    return best
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """Leading one and two components of `names`, numbered ones left out."""
+    found = []
+    for name in names:
+        parts = name.split(".")
+        for depth in (1, 2):
+            head = parts[:depth]
+            if len(parts) > depth and not any(part.isdigit() for part in head):
+                found.append(".".join(head) + ".")
+    return found
+
+
+def _better(best: dict[str, str], candidate: Mapping[str, str], ours: Collection[str]) -> dict[str, str]:
+    found = {name: target for name, target in candidate.items() if target in ours}
+    return found if len(found) > len(best) else best
+
+
+def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether `name` matches a glob of `include` and none of `exclude`."""
+    return any(fnmatchcase(name, glob) for glob in include) and not any(fnmatchcase(name, glob) for glob in exclude)
+
+
+def rule_of(name: str, shape: Sequence[int], dtype: torch.dtype) -> Rule:
+    """What a parameter is: a matrix (solved), a vector (norms, biases, convolutions), an embedding, or no weight."""
+    if dtype not in FLOATS:
+        return "base"
+    if len([size for size in shape if size != 1]) < 2 or _NORM.search(name):
+        return "vector"
+    if _EMBEDDING.search(name):
+        return "embedding"
+    return "matrix" if len(shape) == 2 or (len(shape) == 3 and "expert" in name) else "vector"
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter may be a task's own: outside every numbered block and no embedding of tokens or positions."""
+    return _NUMBERED.search(name) is None and (name.startswith("lm_head") or _EMBEDDING.search(name) is None)
+
+
+def layer_group(name: str) -> str:
+    """The kind of layer that a parameter belongs to, its block numbers left out: encoder.layer.attention.self.query."""
+    return _NUMBERED.sub(lambda match: match[1], name).removesuffix(".weight").removesuffix(".bias")

@@ -1,0 +1,172 @@
+"""Safetensors out: sharded, each tensor written at its place as it comes, each file whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from poemerge.checkpoints.checkpoint import INDEX, SINGLE
+from poemerge.checkpoints.safetensors_file import dtype_name
+from poemerge.errors import PoemergeError
+
+__all__ = ["Shard", "ShardFile", "plan_shards", "save_tensors", "weights_digest", "write_index"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be written: its name and its tensors (name, dtype, shape) in the order in which they lie in it."""
+
+    file: str
+    tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.tensors)
+
+
+def plan_shards(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max_bytes: int) -> list[Shard]:
+    """`tensors` in their order, cut into shards of at most `max_bytes` (a larger tensor gets one of its own)."""
+    groups: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = []
+    room = 0
+    for tensor in tensors:
+        size = math.prod(tensor[2]) * tensor[1].itemsize
+        if not groups or size > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(tensor)
+        room -= size
+    if len(groups) <= 1:
+        return [Shard(SINGLE, tuple(groups[0] if groups else ()))]
+    return [Shard(f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups)]
+
+
+class ShardFile:
+    """A shard being written under `<name>.partial`: tensors in any order, then `finish` gives it its name.
+
+    Raises PoemergeError where the disk is full or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self.path = folder / shard.file
+        self.shard = shard
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._offset: dict[str, int] = {}
+        at = 0
+        for name, dtype, shape in shard.tensors:
+            end = at + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [at, end]}
+            self._offset[name] = at
+            at = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._origin = 8 + len(text)
+        self._missing = {name: (dtype, shape) for name, dtype, shape in shard.tensors}
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._size = self._origin + at
+        try:
+            self._partial.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            try:
+                os.posix_fallocate(self._descriptor, 0, self._size)  # a full disk is told now, not after the work
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+            self._write(len(text).to_bytes(8, "little") + text, 0)
+        except OSError as error:
+            raise _cannot_write(self._partial, error) from error
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put `tensor` (CPU; dtype and shape as planned) at its place."""
+        dtype, shape = self._missing.pop(name)
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, planned {dtype} {shape}")
+        if tensor.numel():
+            data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            try:
+                self._write(data, self._origin + self._offset[name])
+            except OSError as error:
+                raise _cannot_write(self._partial, error) from error
+
+    def _write(self, data: bytes | memoryview, at: int) -> None:
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._descriptor, view[: 1 << 30], at)
+            view, at = view[count:], at + count
+
+    def finish(self) -> Path:
+        """Flush to disk and give the file its name; all tensors must have been written."""
+        if self._missing:
+            raise ValueError(f"{self.path.name} lacks {', '.join(sorted(self._missing)[:5])}")
+        try:
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._partial.replace(self.path)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        return self.path
+
+    def abandon(self) -> None:
+        """Close and remove the partial file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._partial.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Write `tensors` (CPU) to the safetensors file `path`, whole or not at all."""
+    shard = Shard(path.name, tuple((name, value.dtype, tuple(value.shape)) for name, value in sorted(tensors.items())))
+    file = ShardFile(path.parent, shard)
+    try:
+        for name, value in tensors.items():
+            file.write(name, value)
+        return file.finish()
+    except BaseException:
+        file.abandon()
+        raise
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> Path | None:
+    """Write the index of `shards`; a single file needs none (None is returned)."""
+    if len(shards) == 1:
+        return None
+    index = {
+        "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+        "weight_map": dict(sorted((name, shard.file) for shard in shards for name, _, _ in shard.tensors)),
+    }
+    path = folder / INDEX
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def weights_digest(digests: Mapping[str, str]) -> str:
+    """sha256 over the sorted lines "file, NUL, sha256, newline": one digest for all weight files of a model."""
+    lines = "".join(f"{name}\0{digest}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _cannot_write(path: Path, error: OSError) -> PoemergeError:
+    free = {
+        errno.ENOSPC: "free space on that disk, or choose another --out",
+        errno.EDQUOT: "free space in your quota, or choose another --out",
+        errno.EROFS: "choose a folder that can be written",
+        errno.EACCES: "choose a folder that you may write to",
+        errno.EPERM: "choose a folder that you may write to",
+    }
+    return PoemergeError(
+        f"Cannot write {path}\n  got:      {error.strerror}\n  expected: a disk with room and the right to write\n"
+        f"  next:     {free.get(error.errno or 0, 'look at the disk')}; what was finished is kept and the same command goes on"
+    )
