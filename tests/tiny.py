@@ -1,7 +1,7 @@
 """Tiny real models for tests: a BERT base with its tokenizer, full and LoRA experts of it, and a suite's data.
 
-Everything is seeded. A full expert holds the encoder and its private `head.weight` [classes, hidden]; a LoRA expert is a PEFT
-folder with head.safetensors beside it. Heads score the mean-pooled hidden states, as the zoo's do.
+Everything is seeded. A full expert holds the encoder and its private `head.weight` [classes, hidden]; a LoRA expert is
+a PEFT folder with head.safetensors beside it. Heads score the mean-pooled hidden states, as the zoo's do.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make_base(path: Path, seed: int = 0, layers: int = 2, dtype: torch.dtype = t
 
 
 def make_full_expert(base: Path, path: Path, seed: int, classes: int = 3, size: float = 0.02) -> Path:
-    """A fully fine-tuned expert of `base`: every float weight moved by noise of `size`, and a head of `classes` rows."""
+    """A fully fine-tuned expert of `base`: every float weight moved by noise of `size`, and a head."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, value in load_file(base / "model.safetensors").items():

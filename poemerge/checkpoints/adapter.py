@@ -28,7 +28,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _CONFIG_LIMIT = 10_000_000
 _NO_EFFECT = frozenset(
     {
-        "auto_mapping", "eva_config", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode",
+        "auto_mapping", "eva_config", "base_model_name_or_path",
+         "bias", "exclude_modules", "fan_in_fan_out", "inference_mode",
         "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save",
         "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "revision",
         "runtime_config", "target_modules", "task_type", "use_rslora", "init_lora_weights", "ensure_weight_tying",
@@ -46,7 +47,7 @@ _NAMES = {
     "use_qalora": "QALoRA",
 }
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Initialisations that leave the base weights as they were; PiSSA, OLoRA, CorDA and others move part of them into B A."""
+"""Initialisations that leave the base weights alone; PiSSA, OLoRA, CorDA and others move part of them into B A."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ _STRUCTURE = (
 _TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 _SAMPLED_MATRICES, _SAMPLED_ROWS = 3, 64
 _LEAST_COSINE = 0.5
-"""A fine-tuned weight lies within a few degrees of where it started; two trainings from scratch have a cosine near 0."""
+"""A fine-tuned weight lies within degrees of where it started; two trainings from scratch have a cosine near 0."""
 
 
 def transposed_layout(name: str, config: Mapping[str, object]) -> bool:

@@ -173,12 +173,11 @@ class ExpertSet:
         `base` is that parameter (those `rows`) of the base in float32, where the caller has it already.
         """
         one = self.experts[expert]
-        if base is None and name in one.full:
-            base = self.base.read(name, rows).to(torch.float32)
         if name in one.full:
-            own = one.read_own(one.full[name], rows)
-            delta = own.to(torch.float32).reshape(base.shape) if base is not None else own.to(torch.float32)
-            delta = delta.sub_(base) if delta.dtype != own.dtype else delta.sub(base)
+            if base is None:
+                base = self.base.read(name, rows).to(torch.float32)
+            # The tensor read is ours, so subtracting in place is safe where it was float32 already.
+            delta = one.read_own(one.full[name], rows).to(torch.float32).sub_(base)
         else:
             shape = self.base.shape(name)
             count = shape[0] if rows is None else len(range(*rows.indices(shape[0])))

@@ -102,7 +102,7 @@ class SafetensorsFile:
             raise CheckpointError(
                 Problem(
                     str(path),
-                    f"a file of {size} bytes whose first 8 bytes announce a header of {length if size >= 8 else '?'} bytes",
+                    f"a file of {size} bytes whose header should have {length if size >= 8 else '?'} bytes",
                     f"a safetensors header of at most {HEADER_LIMIT} bytes that lies inside the file",
                     "fetch the file again; it is truncated or no safetensors file",
                     expert,
@@ -130,7 +130,7 @@ class SafetensorsFile:
         return out
 
     def read_into(self, name: str, out: Tensor, rows: slice | None = None) -> Tensor:
-        """Like read, into `out` (contiguous, on the CPU, of the stored dtype and shape): pinned buffers are filled so."""
+        """Like read, into `out` (contiguous, on the CPU, of the stored dtype and shape), pinned memory for instance."""
         entry = self.entries[name]
         start = entry.start
         if rows is not None:
@@ -143,7 +143,7 @@ class SafetensorsFile:
             return
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         done = 0
         while done < len(buffer):
             count = os.preadv(self._descriptor, [buffer[done : done + _READ_CHUNK]], start + done)
@@ -173,7 +173,7 @@ class SafetensorsFile:
         return {**self.__dict__, "_descriptor": None}
 
 
-class _Twice(ValueError):
+class _TwiceError(ValueError):
     """A JSON object holds one key twice."""
 
 
@@ -181,7 +181,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [key for key, _ in pairs]
-        raise _Twice(next(name for name in names if names.count(name) > 1))
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
     return result
 
 
@@ -189,7 +189,7 @@ def load_json(path: Path, text: bytes, expert: str | None) -> dict[str, Any]:
     """The JSON object in `text`; raises CheckpointError for anything else, keys that stand twice included."""
     try:
         value = json.loads(text, object_pairs_hook=_unique)
-    except _Twice as error:
+    except _TwiceError as error:
         raise CheckpointError(
             Problem(str(path), "this name twice", "each name once", "fetch or write the file again", expert, str(error))
         ) from error

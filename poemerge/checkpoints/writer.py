@@ -91,7 +91,7 @@ class ShardFile:
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, planned {dtype} {shape}")
         if tensor.numel():
-            data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             try:
                 self._write(data, self._origin + self._offset[name])
             except OSError as error:
@@ -166,7 +166,8 @@ def _cannot_write(path: Path, error: OSError) -> PoemergeError:
         errno.EACCES: "choose a folder that you may write to",
         errno.EPERM: "choose a folder that you may write to",
     }
+    advice = free.get(error.errno or 0, "look at the disk")
     return PoemergeError(
         f"Cannot write {path}\n  got:      {error.strerror}\n  expected: a disk with room and the right to write\n"
-        f"  next:     {free.get(error.errno or 0, 'look at the disk')}; what was finished is kept and the same command goes on"
+        f"  next:     {advice}; what was finished is kept and the same command goes on"
     )
