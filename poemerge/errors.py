@@ -14,6 +14,7 @@ __all__ = [
     "Problem",
     "ProjectError",
     "RegistryError",
+    "ServerError",
     "SourceError",
     "StageError",
     "SuiteError",
@@ -91,6 +92,10 @@ class SuiteError(PoemergeError):
 
 class RegistryError(PoemergeError):
     """The model registry refused, or does not hold what was asked of it."""
+
+
+class ServerError(PoemergeError):
+    """A Prefect or MLflow server does not start or does not answer."""
 
 
 class ProjectError(PoemergeError):
