@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from poemerge.checkpoints.names import Rule, match_names, rule_of, selected
 from poemerge.checkpoints.safetensors_file import FLOATS
 from poemerge.errors import CheckpointError, Problem
 
-__all__ = ["Expert", "ExpertSet"]
+__all__ = ["Expert", "ExpertSet", "Loaded"]
 
 
 class Expert:
@@ -75,6 +76,34 @@ class Expert:
         self.source.close()
         if self._head is not None:
             self._head.close()
+
+
+@dataclass
+class Loaded:
+    """One parameter as the files have it: `base` and `whole` in their stored dtypes, `factors` (B, A, scaling).
+
+    An expert in both has a whole tensor and factors on top of it; one in neither leaves the parameter as it is.
+    """
+
+    name: str
+    experts: list[str]
+    base: Tensor
+    whole: dict[str, Tensor]
+    factors: dict[str, tuple[Tensor, Tensor, float]]
+
+    def deltas(self) -> Tensor:
+        """Expert minus base, float32 `[expert, *shape]`; the experts' own tensors are let go one by one."""
+        base = self.base.to(torch.float32)
+        out = torch.empty((len(self.experts), *base.shape), dtype=torch.float32)
+        for i, expert in enumerate(self.experts):
+            if expert in self.whole:
+                out[i] = self.whole.pop(expert)
+                out[i] -= base
+            else:
+                out[i] = 0
+            if expert in self.factors:
+                out[i] += dense(*self.factors[expert])
+        return out
 
 
 class ExpertSet:
@@ -167,40 +196,41 @@ class ExpertSet:
             raise ValueError(f"{name} is not factored in every expert")
         return [self._factors(self.experts[expert], name) for expert in self.touching(name)]
 
-    def delta(self, expert: str, name: str, rows: slice | None = None, base: Tensor | None = None) -> Tensor:
-        """Expert minus base of one parameter, float32; zero where the expert does not touch it.
+    def load(self, name: str, rows: slice | None = None) -> Loaded:
+        """What the files hold for one parameter (or some rows of it), read and not yet converted or subtracted."""
+        touching = self.touching(name)
+        return Loaded(
+            name,
+            touching,
+            self.base.read(name, rows),
+            {
+                one: self.experts[one].read_own(own, rows)
+                for one in touching
+                if (own := self.experts[one].full.get(name))
+            },
+            {one: self._rows_of_factors(one, name, rows) for one in touching if name in self.experts[one].lora},
+        )
 
-        `base` is that parameter (those `rows`) of the base in float32, where the caller has it already.
-        """
+    def delta(self, expert: str, name: str, rows: slice | None = None) -> Tensor:
+        """Expert minus base of one parameter, float32; zero where the expert does not touch it."""
         one = self.experts[expert]
-        if name in one.full:
-            if base is None:
-                base = self.base.read(name, rows).to(torch.float32)
-            # The tensor read is ours, so subtracting in place is safe where it was float32 already.
-            delta = one.read_own(one.full[name], rows).to(torch.float32).sub_(base)
-        else:
-            shape = self.base.shape(name)
-            count = shape[0] if rows is None else len(range(*rows.indices(shape[0])))
-            delta = torch.zeros((count, *shape[1:]), dtype=torch.float32)
-        if name in one.lora:
-            b, a, scaling = self._factors(one, name)
-            delta += dense(b if rows is None else b[rows], a, scaling)
-        return delta
+        whole = {expert: one.read_own(one.full[name], rows)} if name in one.full else {}
+        factors = {expert: self._rows_of_factors(expert, name, rows)} if name in one.lora else {}
+        return Loaded(name, [expert], self.base.read(name, rows), whole, factors).deltas()[0]
 
     def deltas(self, name: str, rows: slice | None = None) -> Tensor:
         """Deltas of every expert in `touching(name)`: float32 `[expert, *shape]`."""
-        touching = self.touching(name)
-        base = self.base.read(name, rows).to(torch.float32)
-        out = torch.empty((len(touching), *base.shape), dtype=torch.float32)
-        for i, expert in enumerate(touching):
-            out[i] = self.delta(expert, name, rows, base)
-        return out
+        return self.load(name, rows).deltas()
 
     def close(self) -> None:
         """Give the file descriptors back."""
         self.base.close()
         for expert in self.experts.values():
             expert.close()
+
+    def _rows_of_factors(self, expert: str, name: str, rows: slice | None) -> tuple[Tensor, Tensor, float]:
+        b, a, scaling = self._factors(self.experts[expert], name)
+        return (b if rows is None else b[rows]), a, scaling
 
     def _factors(self, expert: Expert, name: str) -> tuple[Tensor, Tensor, float]:
         assert isinstance(expert.source, Adapter)

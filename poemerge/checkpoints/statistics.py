@@ -104,9 +104,9 @@ def _dense(experts: ExpertSet, name: str) -> ParameterStatistics:
     changed = [0] * len(touching)
     base_norm_sq = 0.0
     for rows in _row_blocks(experts.base.shape(name)):
-        base = experts.base.read(name, rows).to(torch.float32)
-        base_norm_sq += float(base.double().square().sum())
-        flat = torch.stack([experts.delta(expert, name, rows, base).flatten() for expert in touching])
+        loaded = experts.load(name, rows)
+        base_norm_sq += float(loaded.base.double().square().sum())
+        flat = loaded.deltas().flatten(1)
         changed = [known + int(count) for known, count in zip(changed, (flat != 0).sum(1), strict=True)]
         # float32 products summed in float64 over short pieces: exact enough for a cosine, and no float64 copy.
         for piece in flat.split(1 << 16, dim=1):  # type: ignore[no-untyped-call]
