@@ -2,7 +2,8 @@
 
 A branch or tag is resolved to a commit before anything is downloaded, and every file is checked against the digest
 that the hub lists for it. A hub that does not answer is an error: the client's own fall-back, the `main` that its cache
-last saw, is never used. HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are read at each call.
+last saw, is never used. HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_CACHE and
+HF_TOKEN are read at each call.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ def api() -> Any:
 def offline() -> bool:
     """Whether HF_HUB_OFFLINE forbids asking the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def cache() -> Path:
+    """The client's cache, which other projects on this machine share."""
+    from huggingface_hub import constants
+
+    return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
 
 
 def speaking_to_hub(work: Callable[P, R]) -> Callable[P, R]:
@@ -116,6 +124,7 @@ class HubSource:
                     file.path,
                     repo_type=self.repo_type,
                     revision=revision,
+                    cache_dir=cache(),
                     endpoint=client.endpoint,
                     etag_timeout=TIMEOUT,
                 )
@@ -128,10 +137,9 @@ class HubSource:
 
     def _bring_from_cache(self, kind: Kind, revision: str, into: Path) -> Brought:
         """Offline: the commit `revision` as the client's cache holds it; blobs there are named by their digest."""
-        from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
-        repo = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.repo_id, repo_type=self.repo_type)
+        repo = cache() / repo_folder_name(repo_id=self.repo_id, repo_type=self.repo_type)
         snapshot = repo / "snapshots" / revision
         names = {
             relative: name
@@ -140,7 +148,7 @@ class HubSource:
         }
         if not names:
             raise Refusal(
-                f"HF_HUB_OFFLINE is set and {self.repo_id} at {revision[:12]} is not in {constants.HF_HUB_CACHE}",
+                f"HF_HUB_OFFLINE is set and {self.repo_id} at {revision[:12]} is not in {cache()}",
                 "the commit in the client's cache, or the hub",
                 "unset HF_HUB_OFFLINE, or fill the cache while online",
             )
