@@ -1,0 +1,460 @@
+"""`solve`: the mode of a product of experts over one weight matrix, or a batch of equal shapes."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from poemerge.errors import BadInputError, NumericsError, Problem
+from poemerge.numerics import solution as ended
+from poemerge.numerics.experts import Expert, Family
+from poemerge.numerics.majorise import Mode, find_mode
+from poemerge.numerics.one_sided import OneSided
+from poemerge.numerics.posterior import Posterior, Side
+from poemerge.numerics.solution import Factored, Outcome, Solution, join
+from poemerge.numerics.two_sided import TwoSided
+
+__all__ = ["Adapter", "solve"]
+
+Scale = Literal["task-norm", "gram-norm", "fitted"]
+Prior = Literal["relative", "absolute"]
+Adapter = tuple[Tensor, Tensor, float]
+
+# "fitted" never takes experts to agree better than this fraction of ‖R_i(0)‖²: the scale must stay above zero.
+_LEAST_FITTED = 1e-6
+
+
+def solve(
+    deltas: Float[Tensor, "*batch expert out in"] | Sequence[Adapter],
+    *,
+    expert: Family = "cauchy",
+    tail_index: float | None = None,
+    scale: Scale | Float[Tensor, "*batch expert"] = "task-norm",
+    scale_factor: float = 0.01,
+    prior: Prior = "relative",
+    prior_precision: float = 1e-3,
+    side: Side = "output",
+    init: Literal["gaussian", "mean"] | Float[Tensor, "*batch out in"] = "gaussian",
+    max_steps: int = 50,
+    rtol: float = 1e-6,
+    row_blocks: Literal["square"] | None = None,
+    accelerate: bool = True,
+) -> Solution:
+    """Θ = argmin Σ_i ρ_i(r_i²) + λ‖Θ‖²_F, by majorise–minimise: the merged delta of arXiv 2607.01689.
+
+    The residual is R_i = A_iᵀ(Θ − A_i) (side "output"), (Θ − A_i)A_iᵀ ("input") or Â_iᵀ(Θ − A_i)Â_iᵀ with
+    Â_i = A_i/‖A_i‖ ("both"), and r_i = ‖R_i‖_F.
+
+    Arguments:
+    - `deltas`: fine-tuned minus base, `[*batch, expert, out, in]`; or one adapter an expert, `(B [*batch, out, r],
+      A [*batch, r, in], scaling)` for the delta scaling·B A, ranks free to differ: solved exactly within the adapters'
+      subspaces, no dense delta is formed, and theta is `Factored`. Products run in float32 (float64 for float64
+      deltas), sums and small factorisations in float64.
+    - `expert`: "gaussian", "student_t" (with `tail_index` ν > 0) or "cauchy".
+    - `scale`: γ_i. "task-norm": γ_i² = f‖A_i‖² (the paper's); "gram-norm": γ_i² = f‖R_i(0)‖², on one side f‖A_iA_iᵀ‖²;
+      "fitted": γ_i² = f‖R_i(0)‖² · median_j(r_j²/‖R_j(0)‖²) at the start; f is `scale_factor`. A tensor
+      `[*batch, expert]` is γ_i itself, in the units of r.
+    - `prior_precision`: λ if `prior` is "absolute"; if "relative", λ is this many times the mean diagonal entry of
+      Σ w_i G_i (of its Kronecker form for both sides) at the weights the start gives, fixed from there on.
+    - `init`: "gaussian" starts from the solution for w_i = 1, "mean" from the plain mean, a tensor from itself (dense
+      deltas only). The energy is not convex, so the start matters.
+    - `max_steps`: linear solves after the start, at most. `rtol`: stop when no weight changes by more, relatively.
+    - `row_blocks`: "square" solves each block of `in` rows of a taller matrix as a matrix of its own (the released
+      code's setting); theta, and each row of weights, are then of the blocks.
+    - `accelerate`: Anderson acceleration; False for plain majorise–minimise.
+
+    Returns a `Solution`. Raises `NumericsError` for deltas that are not finite or do not fit together (it names the
+    expert) and `BadInputError` for settings that make no sense.
+    """
+    settings = _Settings(
+        expert, tail_index, scale, scale_factor, prior, prior_precision, side, init, max_steps, rtol, accelerate
+    )
+    settings.check()
+    with torch.no_grad(), _full_precision():
+        if not isinstance(deltas, Tensor):
+            if row_blocks is not None:
+                raise _bad("row_blocks", repr(row_blocks), "None for factored deltas", "densify the adapters first")
+            return _solve_factored(deltas, settings)
+        _check_dense(deltas)
+        if row_blocks is not None and deltas.shape[-2] > deltas.shape[-1]:
+            return _solve_blocks(deltas, settings)
+        return _solve_dense(deltas, settings)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    expert: Family
+    tail_index: float | None
+    scale: Scale | Tensor
+    scale_factor: float
+    prior: Prior
+    prior_precision: float
+    side: Side
+    init: Literal["gaussian", "mean"] | Tensor
+    max_steps: int
+    rtol: float
+    accelerate: bool
+
+    def check(self) -> None:
+        """Refuse settings that make no sense, all of them at once."""
+        problems: list[Problem] = []
+
+        def need(condition: bool, where: str, got: object, expected: str, next_step: str) -> None:
+            if not condition:
+                problems.append(Problem(where, str(got), expected, next_step))
+
+        def one_of(where: str, value: object, names: Any) -> None:
+            need(
+                value in get_args(names),
+                where,
+                repr(value),
+                f"one of {', '.join(get_args(names))}",
+                "choose one of them",
+            )
+
+        one_of("expert", self.expert, Family)
+        one_of("prior", self.prior, Prior)
+        one_of("side", self.side, Side)
+        if isinstance(self.scale, str):
+            one_of("scale", self.scale, Scale)
+        if isinstance(self.init, str):
+            one_of("init", self.init, Literal["gaussian", "mean"])
+        if self.expert == "student_t":
+            valid = self.tail_index is not None and self.tail_index > 0
+            need(valid, "tail_index", self.tail_index, "degrees of freedom above 0", "give tail_index, 1 is Cauchy")
+        else:
+            need(
+                self.tail_index is None,
+                "tail_index",
+                self.tail_index,
+                f"None with expert={self.expert!r}",
+                'leave it out, or use expert="student_t"',
+            )
+        positive = 0 < self.scale_factor < math.inf
+        need(positive, "scale_factor", self.scale_factor, "a finite number above 0", "give one, 0.1 say")
+        bounded = 0 <= self.prior_precision < math.inf
+        need(bounded, "prior_precision", self.prior_precision, "a finite number, 0 or more", "give one, 1e-3 say")
+        need(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more", "raise it")
+        need(0 < self.rtol < 1, "rtol", self.rtol, "a number between 0 and 1", "give one, 1e-6 say")
+        if problems:
+            raise BadInputError(problems)
+
+
+def _bad(where: str, got: str, expected: str, next_step: str) -> BadInputError:
+    return BadInputError(Problem(where, got, expected, next_step))
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32, no bfloat16 inside float32 products, no autocast, whatever the caller has switched on."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _check_dense(deltas: Tensor) -> None:
+    if deltas.ndim < 3 or not deltas.is_floating_point() or 0 in deltas.shape:
+        raise NumericsError(
+            f"deltas: got {deltas.dtype} of shape {list(deltas.shape)}, expected floating point "
+            "[*batch, expert, out, in] with no empty dimension. Next: stack one matrix's deltas over the experts."
+        )
+    finite = deltas.isfinite()
+    if not bool(finite.all()):
+        for index in range(deltas.shape[-3]):
+            wrong = int((~finite[..., index, :, :]).sum())
+            if wrong:
+                raise _not_finite(index, deltas.shape[-3], "delta", wrong)
+
+
+def _not_finite(index: int, count: int, what: str, wrong: int) -> NumericsError:
+    return NumericsError(
+        f"expert {index} of {count}: its {what} has {wrong} NaN or infinite entr{'y' if wrong == 1 else 'ies'}, "
+        "expected finite numbers. Next: check that checkpoint, or leave the expert out."
+    )
+
+
+def _check_adapters(adapters: Sequence[Adapter]) -> None:
+    if not adapters:
+        raise NumericsError("deltas: got no adapters, expected at least one (B, A, scaling). Next: give the experts.")
+    first_b, first_a = adapters[0][0], adapters[0][1]
+    for index, (b, a, scaling) in enumerate(adapters):
+        same_rank = min(b.ndim, a.ndim) >= 2 and b.shape[-1] == a.shape[-2] and b.shape[:-2] == a.shape[:-2]
+        same_size = (*b.shape[:-1], a.shape[-1]) == (*first_b.shape[:-1], first_a.shape[-1])
+        if not (same_rank and same_size and b.is_floating_point() and a.is_floating_point()):
+            raise NumericsError(
+                f"expert {index} of {len(adapters)}: got B {list(b.shape)} and A {list(a.shape)}, expected "
+                "B [*batch, out, r] and A [*batch, r, in] in floating point that fit together and give "
+                f"{[*first_b.shape[:-1], first_a.shape[-1]]}, as expert 0 does. Next: pass one matrix's adapters."
+            )
+        for name, factor in (("B", b), ("A", a)):
+            wrong = int((~factor.isfinite()).sum())
+            if wrong:
+                raise _not_finite(index, len(adapters), f"factor {name}", wrong)
+        if not math.isfinite(scaling):
+            raise _not_finite(index, len(adapters), "scaling", 1)
+
+
+def _expert_scales(scale: Scale | Tensor, batch: tuple[int, ...], experts: int, device: torch.device) -> Tensor | None:
+    """The γ_i of a tensor `scale` as float64 `[batch, expert]`."""
+    if not isinstance(scale, Tensor):
+        return None
+    try:
+        scales = scale.to(device, torch.float64).expand(*batch, experts).reshape(-1, experts)
+    except RuntimeError:
+        expected = f"{[*batch, experts]}, a scale for each expert"
+        raise _bad("scale", f"shape {list(scale.shape)}", expected, "give γ_i for every expert") from None
+    if not bool(((scales > 0) & scales.isfinite()).all()):
+        raise _bad("scale", "a value that is zero, negative or not finite", "γ_i > 0", "give γ_i in the units of r")
+    return scales
+
+
+def _solve_dense(deltas: Tensor, settings: _Settings) -> Solution:
+    batch = tuple(deltas.shape[:-3])
+    experts, rows, columns = deltas.shape[-3:]
+    scales = _expert_scales(settings.scale, batch, experts, deltas.device)
+    dtype = torch.float64 if deltas.dtype == torch.float64 else torch.float32
+    start = None
+    if isinstance(settings.init, Tensor):
+        if settings.init.shape != (*batch, rows, columns):
+            got, expected = f"shape {list(settings.init.shape)}", f"{[*batch, rows, columns]}, the shape of theta"
+            raise _bad("init", got, expected, 'give a matrix of that shape, or init="gaussian"')
+        start = settings.init.to(deltas).reshape(-1, rows, columns)
+    members: list[Solution] = []
+    stacked = deltas.reshape(-1, experts, rows, columns)
+    # On a CPU one at a time: a batch gains nothing there, and every member is then bit for bit what it is alone.
+    stride = 1 if deltas.device.type == "cpu" else max(1, len(stacked))
+    for first in range(0, len(stacked), stride):
+        chunk = slice(first, first + stride)
+        members += _solve_core(
+            stacked[chunk].to(dtype),
+            (rows, columns),
+            None if scales is None else scales[chunk],
+            None if start is None else start[chunk].to(dtype),
+            settings,
+        )
+    return join(members, batch, single=not batch)
+
+
+def _solve_blocks(deltas: Tensor, settings: _Settings) -> Solution:
+    """Square blocks of rows, each a problem of its own; a last block of fewer rows is solved as it is."""
+    columns = deltas.shape[-1]
+    if isinstance(settings.init, Tensor) or isinstance(settings.scale, Tensor):
+        raise _bad("row_blocks", "'square'", "named scale and init", "pass the blocks to solve one by one")
+    blocks = [_solve_dense(block.contiguous(), settings) for block in torch.split(deltas, columns, dim=-2)]
+    batch = tuple(deltas.shape[:-3])
+    whole = []
+    for parts in zip(*(block.unbind() for block in blocks), strict=True):
+        length = max(len(part.energy) for part in parts)
+        energies = [torch.cat([p.energy, p.energy[-1:].expand(length - len(p.energy))]) for p in parts]
+        whole.append(
+            Solution(
+                theta=torch.cat([part.dense() for part in parts]),
+                outcome=max((part.outcome for part in parts), key=lambda outcome: outcome.severity),
+                steps=max(part.steps for part in parts),
+                energy=torch.stack(energies).sum(0),
+                weights=torch.stack([part.weights for part in parts]),
+                prior_precision=torch.stack([part.prior_precision for part in parts]),
+            )
+        )
+    return join(whole, batch, single=not batch)
+
+
+def _solve_factored(adapters: Sequence[Adapter], settings: _Settings) -> Solution:
+    """Solve within span{B_i} × span{A_iᵀ}: there Θ = Q X Vᵀ exactly, the prior included."""
+    _check_adapters(adapters)
+    if isinstance(settings.init, Tensor):
+        raise _bad("init", "a tensor", '"gaussian" or "mean" for factored deltas', "densify the adapters first")
+    dtypes = {factor.dtype for b, a, _ in adapters for factor in (b, a)}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    batch = tuple(adapters[0][0].shape[:-2])
+    factors = [(scaling * b.double(), a.double()) for b, a, scaling in adapters]
+    size = (adapters[0][0].shape[-2], adapters[0][1].shape[-1])
+    scales = _expert_scales(settings.scale, batch, len(adapters), factors[0][0].device)
+    left = torch.linalg.qr(torch.cat([b for b, _ in factors], -1))[0]
+    right = torch.linalg.qr(torch.cat([a.mT for _, a in factors], -1))[0]
+    cores = torch.stack([(left.mT @ b) @ (a @ right) for b, a in factors], -3)
+    stacked = cores.reshape(-1, *cores.shape[-3:])
+    stride = 1 if stacked.device.type == "cpu" else max(1, len(stacked))
+    lefts, rights = (basis.reshape(-1, *basis.shape[-2:]).to(dtype) for basis in (left, right))
+    members: list[Solution] = []
+    for first in range(0, len(stacked), stride):
+        chunk = slice(first, first + stride)
+        members += _solve_core(stacked[chunk], size, None if scales is None else scales[chunk], None, settings)
+    lifted = [_lift(member, lefts[i], rights[i]) for i, member in enumerate(members)]
+    return join(lifted, batch, single=not batch)
+
+
+def _lift(member: Solution, left: Tensor, right: Tensor) -> Solution:
+    theta = Factored(left, member.dense().to(left.dtype), right)
+
+    def posterior() -> Posterior:
+        return replace(member.posterior, mean=theta)
+
+    return replace(member, theta=theta, make_posterior=posterior)
+
+
+def _solve_core(
+    deltas: Float[Tensor, "batch expert k l"],
+    size: tuple[int, int],
+    scales: Float[Tensor, "batch expert"] | None,
+    start: Float[Tensor, "batch k l"] | None,
+    settings: _Settings,
+) -> list[Solution]:
+    """Solve a batch; members that fail in float32 are solved again in float64, and fall back to the mean after that."""
+    solutions = _solve_once(deltas, size, scales, start, settings)
+    failed = [i for i, solution in enumerate(solutions) if not solution.outcome.ok]
+    if failed and deltas.dtype != torch.float64:
+        again = _solve_once(
+            deltas[failed].double(),
+            size,
+            None if scales is None else scales[failed],
+            None if start is None else start[failed].double(),
+            settings,
+        )
+        for i, solution in zip(failed, again, strict=True):
+            solutions[i] = replace(solution, theta=solution.dense().to(deltas.dtype))
+    return solutions
+
+
+def _solve_once(
+    given: Float[Tensor, "batch expert k l"],
+    size: tuple[int, int],
+    scales: Float[Tensor, "batch expert"] | None,
+    start: Float[Tensor, "batch k l"] | None,
+    settings: _Settings,
+) -> list[Solution]:
+    expert = Expert.of(settings.expert, settings.tail_index)
+    present = (given != 0).flatten(2).any(-1)
+    # A power of two near the deltas' common size is divided out: exact, and nothing under- or overflows.
+    largest = given.abs().amax((-1, -2, -3)).double()
+    unit = torch.exp2(torch.log2(torch.where(largest > 0, largest, 1.0)).round())
+    deltas = (given.double() / unit[:, None, None, None]).to(given.dtype)
+    if settings.side == "input":
+        deltas = deltas.mT.contiguous()
+    rows, columns = size if settings.side != "input" else size[::-1]
+    problem: OneSided | TwoSided
+    problem = TwoSided(deltas, rows * columns) if settings.side == "both" else OneSided(deltas, rows)
+    degree = problem.residual_degree
+
+    def prior_at(weights: Tensor) -> Tensor:
+        if settings.prior == "absolute":
+            return settings.prior_precision * unit.square()
+        return settings.prior_precision * problem.mean_diagonal(weights)
+
+    ones = present.double()
+    ok = torch.ones(len(given), dtype=torch.bool, device=given.device)
+    if start is not None:
+        oriented = start.mT if settings.side == "input" else start
+        theta = problem.enter((oriented.double() / unit[:, None, None]).to(deltas.dtype))
+    elif settings.init == "mean":
+        theta = problem.reference
+    else:
+        theta, ok = problem.minimise(ones, prior_at(ones), None, 0.1 * settings.rtol)
+    residual_sq = problem.recentre(theta, problem.residual_sq(theta))
+
+    scale_sq = _scale_sq(settings, problem, deltas, unit, residual_sq, present, scales)
+    weights = torch.where(present, expert.weight(residual_sq, scale_sq), 0.0)
+    prior = prior_at(weights)
+    mode = find_mode(
+        problem,
+        expert,
+        scale_sq=scale_sq,
+        prior=prior,
+        present=present,
+        theta=theta,
+        residual_sq=residual_sq,
+        max_steps=1 if expert.quadratic else settings.max_steps,
+        rtol=settings.rtol,
+        accelerate=settings.accelerate,
+    )
+    theta = problem.leave(mode.theta)
+    if settings.side == "input":
+        theta = theta.mT
+    theta = (theta.double() * unit[:, None, None]).to(given.dtype)
+    weights = torch.where(present, expert.weight(mode.residual_sq, scale_sq), 0.0)
+    weights = weights / unit.unsqueeze(-1) ** (2 * degree)
+    prior = prior / unit.square()
+    ok = ok & mode.ok & theta.isfinite().all(-1).all(-1)
+    return [
+        _member(
+            i,
+            _outcome(i, bool(ok[i]), bool(present[i].any()), mode, expert, settings),
+            given,
+            theta,
+            weights,
+            prior,
+            mode,
+            settings,
+        )
+        for i in range(len(given))
+    ]
+
+
+def _scale_sq(
+    settings: _Settings,
+    problem: OneSided | TwoSided,
+    deltas: Float[Tensor, "batch expert k l"],
+    unit: Float[Tensor, " batch"],
+    residual_sq: Float[Tensor, "batch expert"],
+    present: Bool[Tensor, "batch expert"],
+    scales: Float[Tensor, "batch expert"] | None,
+) -> Float[Tensor, "batch expert"]:
+    """γ_i², in the units of the deltas divided by `unit`; 1 where the expert is absent."""
+    degree = problem.residual_degree
+    if scales is not None:
+        scale_sq = (scales / unit.unsqueeze(-1) ** degree).square()
+    elif settings.scale == "task-norm":
+        norm_sq = deltas.double().square().sum((-1, -2))
+        scale_sq = settings.scale_factor * norm_sq * unit.unsqueeze(-1) ** (2 - 2 * degree)
+    else:
+        scale_sq = settings.scale_factor * problem.start_residual_sq
+        if settings.scale == "fitted":
+            ratio = torch.where(present, residual_sq / problem.start_residual_sq, torch.nan)
+            median = ratio.nanquantile(0.5, dim=-1, keepdim=True).nan_to_num(1.0).clamp_min(_LEAST_FITTED)
+            scale_sq = scale_sq * median
+    return torch.where(present, scale_sq, 1.0)
+
+
+def _outcome(index: int, ok: bool, present: bool, mode: Mode, expert: Expert, settings: _Settings) -> Outcome:
+    if not present:
+        return ended.EMPTY
+    if not ok:
+        return ended.FAILED
+    if expert.quadratic:
+        return ended.CLOSED_FORM
+    if bool(mode.gap[index] <= settings.rtol):
+        return ended.CONVERGED
+    return ended.ROUNDING if bool(mode.exhausted[index]) else ended.STEP_LIMIT
+
+
+def _member(
+    index: int,
+    outcome: Outcome,
+    given: Tensor,
+    theta: Tensor,
+    weights: Tensor,
+    prior: Tensor,
+    mode: Mode,
+    settings: _Settings,
+) -> Solution:
+    steps = int(mode.steps[index])
+    own, mean_weights = theta[index], weights[index]
+    energy = mode.energy[: steps + 1, index]
+    if outcome is ended.EMPTY:
+        own, steps, energy = torch.zeros_like(own), 0, energy[:1]
+    elif not outcome.ok:
+        own, energy = given[index].mean(0), energy[:1]
+
+    def posterior() -> Posterior:
+        return Posterior(own, settings.side, given[index].double(), mean_weights, prior[index])
+
+    return Solution(own, outcome, steps, energy, mean_weights, prior[index], make_posterior=posterior)

@@ -1,0 +1,157 @@
+"""The two-sided (Kronecker) product of experts: residual Â_iᵀ(Θ − A_i)Â_iᵀ with Â_i = A_i/‖A_i‖_F."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from poemerge.numerics.one_sided import inner
+
+__all__ = ["TwoSided"]
+
+_MAX_CONJUGATE_STEPS = 200
+
+
+class TwoSided:
+    """Σ w_i L_i Θ R_i + λΘ = Σ w_i L_i A_i R_i, with L_i = Â_iÂ_iᵀ and R_i = Â_iᵀÂ_i, for a batch of equal shapes.
+
+    The problem is solved in the eigenbases of Σ L_i and Σ R_i. There the operator's own diagonal, Σ w_i diag L_i ⊗
+    diag R_i + λ, is a strong preconditioner: a Kronecker product of the summed Grams, exact on their diagonals and free
+    to follow the weights. Energies are kept about a reference as in `OneSided`.
+    """
+
+    residual_degree = 1
+    exact = False
+
+    def __init__(self, deltas: Float[Tensor, "batch expert out in"], mean_over: int) -> None:
+        """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
+        self.mean_over = mean_over
+        norm = deltas.double().square().sum((-1, -2), keepdim=True).sqrt()
+        unit = (deltas / norm.clamp_min(torch.finfo(torch.float64).tiny)).to(deltas.dtype)
+        self.left_basis = torch.linalg.eigh((unit @ unit.mT).sum(1))[1]
+        self.right_basis = torch.linalg.eigh((unit.mT @ unit).sum(1))[1]
+        self.deltas = self.enter(deltas)
+        unit = self.enter(unit)
+        self.left, self.right = unit @ unit.mT, unit.mT @ unit
+        self.left_diagonal = self.left.diagonal(dim1=-2, dim2=-1)
+        self.right_diagonal = self.right.diagonal(dim1=-2, dim2=-1)
+        self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
+        self.start_residual_sq = (self.deltas * self._each(self.deltas)).sum(-1).double().sum(-1).clamp_min(0)
+        self._refer(self.deltas.mean(1))
+
+    def _each(self, theta: Float[Tensor, "batch expert out in"]) -> Float[Tensor, "batch expert out in"]:
+        return self.left @ theta @ self.right
+
+    def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
+        difference = reference.unsqueeze(1) - self.deltas
+        self.reference = reference
+        self.slopes = self._each(difference)
+        self.reference_residual_sq = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
+
+    def recentre(
+        self, theta: Float[Tensor, "batch out in"], residual_sq: Float[Tensor, "batch expert"]
+    ) -> Float[Tensor, "batch expert"]:
+        """r_i²(Θ), recomputed about Θ where it is so small beside r_i² at the reference that rounding would show."""
+        floor = torch.finfo(theta.dtype).eps ** 0.5 * self.reference_residual_sq
+        if bool((residual_sq < floor).any()):
+            self._refer(theta)
+            return self.reference_residual_sq
+        return residual_sq
+
+    def mean_diagonal(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, " batch"]:
+        """Mean diagonal entry of Σ w_i L_i ⊗ R_i."""
+        return (weights * self.trace).sum(-1) / self.mean_over
+
+    def _operate(
+        self,
+        weights: Float[Tensor, "batch expert"],
+        prior: Float[Tensor, "batch 1 1"],
+        theta: Float[Tensor, "batch out in"],
+    ) -> Float[Tensor, "batch out in"]:
+        each = self._each(theta.unsqueeze(1)).flatten(2)
+        return (weights.unsqueeze(1) @ each).view_as(theta) + prior * theta
+
+    def minimise(
+        self,
+        weights: Float[Tensor, "batch expert"],
+        prior: Float[Tensor, " batch"],
+        start: Float[Tensor, "batch out in"] | None,
+        rtol: float,
+    ) -> tuple[Float[Tensor, "batch out in"], Bool[Tensor, " batch"]]:
+        """Θ(w) by preconditioned conjugate gradients from `start`, to a residual of `rtol` of the right-hand side.
+
+        Each iteration lowers the majorising quadratic, so even a truncated solve never raises the energy.
+        """
+        size = torch.maximum(weights.amax(-1), prior).clamp_min(torch.finfo(torch.float64).tiny)
+        weights, prior = weights / size.unsqueeze(-1), prior / size
+        dtype = self.reference.dtype
+        slopes = (weights.to(dtype).unsqueeze(1) @ self.slopes.flatten(2)).view_as(self.reference)
+        right = -slopes - prior.to(dtype)[:, None, None] * self.reference
+        step = self._invert(weights, prior, right, None if start is None else start - self.reference, rtol)
+        theta = self.reference + step
+        return theta, theta.isfinite().all(-1).all(-1)
+
+    def invert(
+        self,
+        weights: Float[Tensor, "batch expert"],
+        prior: Float[Tensor, " batch"],
+        right: Float[Tensor, "batch out in"],
+        rtol: float,
+    ) -> Float[Tensor, "batch out in"]:
+        """The X with Σ w_i L_i X R_i + λX = `right`, both in the coordinates of the deltas."""
+        return self.leave(self._invert(weights, prior, self.enter(right), None, rtol))
+
+    def _invert(
+        self,
+        weights: Float[Tensor, "batch expert"],
+        prior: Float[Tensor, " batch"],
+        right: Float[Tensor, "batch out in"],
+        start: Float[Tensor, "batch out in"] | None,
+        rtol: float,
+    ) -> Float[Tensor, "batch out in"]:
+        dtype = right.dtype
+        weights, shrink = weights.to(dtype), prior.to(dtype)[:, None, None]
+        scaled = (weights.unsqueeze(-1) * self.left_diagonal).mT @ self.right_diagonal + shrink
+        precondition = 1 / scaled.clamp_min(torch.finfo(dtype).eps * scaled.amax((-1, -2), keepdim=True))
+        step = torch.zeros_like(right) if start is None else start
+        misfit = right if start is None else right - self._operate(weights, shrink, step)
+        direction = precondition * misfit
+        power = _dot(misfit, direction)
+        goal = max(rtol, 4 * torch.finfo(dtype).eps) ** 2 * _dot(right, precondition * right)
+        for _ in range(_MAX_CONJUGATE_STEPS):
+            active = power > goal
+            if not bool(active.any()):
+                break
+            image = self._operate(weights, shrink, direction)
+            curvature = _dot(direction, image)
+            length = torch.where(active & (curvature > 0), power / curvature, 0.0).to(dtype)[:, None, None]
+            step = step + length * direction
+            misfit = misfit - length * image
+            conditioned = precondition * misfit
+            previous, power = power, _dot(misfit, conditioned)
+            ratio = torch.where(previous > 0, power / previous, 0.0).to(dtype)[:, None, None]
+            direction = conditioned + ratio * direction
+        return step
+
+    def residual_sq(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch expert"]:
+        """r_i² = ‖Â_iᵀ(Θ − A_i)Â_iᵀ‖²_F, never below 0."""
+        step = theta - self.reference
+        linear, quadratic = inner(self.slopes, step), inner(self._each(step.unsqueeze(1)), step)
+        return (self.reference_residual_sq + 2 * linear + quadratic).clamp_min(0)
+
+    def enter(self, theta: Float[Tensor, "batch *expert out in"]) -> Float[Tensor, "batch *expert out in"]:
+        """Into the joint eigenbases."""
+        if theta.ndim == 3:
+            left, right = self.left_basis.mT, self.right_basis
+        else:
+            left, right = self.left_basis.mT.unsqueeze(1), self.right_basis.unsqueeze(1)
+        entered: Tensor = left @ theta @ right
+        return entered
+
+    def leave(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch out in"]:
+        """Back to the coordinates of the deltas."""
+        given: Tensor = self.left_basis @ theta @ self.right_basis.mT
+        return given
+
+
+def _dot(a: Float[Tensor, "batch out in"], b: Float[Tensor, "batch out in"]) -> Float[Tensor, " batch"]:
+    return (a * b).sum(-1).double().sum(-1)
