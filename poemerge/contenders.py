@@ -1,0 +1,147 @@
+"""Which models meet on a project's suites: the base, each suite's expert, the merged model, other methods' merges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from poemerge.checkpoints import file_digest, folder_digest
+from poemerge.errors import ProjectError
+from poemerge.params import SuiteParams
+from poemerge.project import Project
+from poemerge.suites.evaluation import Contender, OpenSuite, load_suites
+from poemerge.suites.protocol import Model, SuiteSpec
+from poemerge.suites.store import score_key
+
+__all__ = ["Field", "open_suites"]
+
+
+def open_suites(project: Project, suites: Mapping[str, SuiteParams], split: str | None = None) -> list[OpenSuite]:
+    """The project's suites, loaded and checked, on their own splits or all on `split`.
+
+    A suite belongs to the expert that its settings name, else to the one of its own name, else to none (its scores then
+    have no expert's beside them). Raises SuiteError that lists what is wrong with each.
+    """
+    experts = project.expert_folders()
+    specs = []
+    for name, settings in suites.items():
+        chosen = settings if split is None else settings.model_copy(update={"split": split})
+        data = project.suite(name)
+        specs.append(SuiteSpec(name, chosen, data if data.is_dir() else None))
+
+    def expert_of(spec: SuiteSpec) -> str | None:
+        wanted = spec.settings.expert or spec.name
+        return wanted if wanted in experts else None
+
+    return load_suites(specs, expert_of, _digest_of)
+
+
+def _digest_of(folder: Path) -> str:
+    """The digest that fetching recorded for `folder`, else one that is made now."""
+    try:
+        recorded = json.loads((folder / "source.json").read_text(encoding="utf-8")).get("digest")
+    except (OSError, ValueError):
+        recorded = None
+    return str(recorded) if recorded else folder_digest(folder)
+
+
+@dataclass(frozen=True)
+class Field:
+    """The models of one evaluation; heads (the tasks' private parameters) are those that a merge kept, in `heads`.
+
+    The base and a merged model are scored with each task's own head; an expert with the same one, which is its own.
+    """
+
+    project: Project
+    heads: Path
+
+    @staticmethod
+    def of(project: Project) -> Field:
+        """The field of a project that has been merged; raises ProjectError where it has not."""
+        if not project.merge_json.is_file():
+            raise ProjectError(
+                f"Nothing merged yet.\n  got:      no {project.merge_json}\n  expected: what the merge stage makes\n"
+                "  next:     poemerge run"
+            )
+        return Field(project, project.merged / "heads")
+
+    def base(self) -> Contender:
+        """The base model, with the head of each suite's expert."""
+        digest = _digest_of(self.project.base)
+        return self._folder("base", digest, lambda suite: self._model("base", self.project.base, suite))
+
+    def expert(self) -> Contender:
+        """Each suite's own expert; it takes no part in suites that have none."""
+        base = _digest_of(self.project.base)
+        digests = {name: _digest_of(folder) for name, folder in self.project.expert_folders().items()}
+
+        def digest(suite: OpenSuite) -> str | None:
+            return (
+                None if suite.expert is None else self._key(score_key(base=base, expert=digests[suite.expert]), suite)
+            )
+
+        def model(suite: OpenSuite) -> Model:
+            assert suite.expert is not None
+            return self._model("expert", self.project.expert(suite.expert), suite)
+
+        return Contender("expert", digest, lambda: _ready(model))
+
+    def merged(self, name: str = "merged", folder: Path | None = None) -> Contender:
+        """The project's merged model, or another Hugging Face folder of the same architecture."""
+        folder = folder or self.project.merged
+        record = folder / "merge.json"
+        digest = json.loads(record.read_text(encoding="utf-8"))["digest"] if record.is_file() else folder_digest(folder)
+        return self._folder(name, str(digest), lambda suite: self._model(name, folder, suite))
+
+    def merge_on_demand(
+        self, name: str, inputs: Mapping[str, Any], merge: Callable[[], AbstractContextManager[Path]]
+    ) -> Contender:
+        """A model that `merge` makes when a score of it is wanted; `inputs` is everything that it is made from."""
+        experts = {expert: _digest_of(folder) for expert, folder in self.project.expert_folders().items()}
+        digest = score_key(base=_digest_of(self.project.base), experts=experts, **inputs)
+
+        @contextmanager
+        def ready() -> Iterator[Callable[[OpenSuite], Model]]:
+            with merge() as folder:
+                yield lambda suite: self._model(name, folder, suite)
+
+        return Contender(name, lambda suite: self._key(digest, suite), ready)
+
+    def _folder(self, name: str, digest: str, model: Callable[[OpenSuite], Model]) -> Contender:
+        return Contender(name, lambda suite: self._key(digest, suite), lambda: _ready(model))
+
+    def _model(self, name: str, folder: Path, suite: OpenSuite) -> Model:
+        expert = self.project.expert(suite.expert) if suite.expert is not None else None
+        config = expert if expert is not None and (expert / "config.json").is_file() else None
+        return Model(name, folder, self.project.base, self._head(suite), config)
+
+    def _head(self, suite: OpenSuite) -> Path | None:
+        """The head file: what params.yaml names (in the suite's data, or in the project), else the expert's own."""
+        named = suite.spec.settings.head
+        places: Iterable[Path]
+        if named is not None:
+            places = [folder / named for folder in (suite.spec.data, self.project.root) if folder is not None]
+        else:
+            places = [self.heads / f"{suite.expert}.safetensors"]
+        found = next((path for path in places if path.is_file()), None)
+        if found is None and named is not None:
+            raise suite.spec.error(
+                "head",
+                got=f"{named}, which is neither in the suite's data nor in the project",
+                expected="a safetensors file",
+                next_step="mend `head`, or leave it out to use the expert's own",
+            )
+        return found
+
+    def _key(self, digest: str, suite: OpenSuite) -> str:
+        head = self._head(suite)
+        return score_key(weights=digest, head=file_digest(head) if head is not None else None)
+
+
+@contextmanager
+def _ready(model: Callable[[OpenSuite], Model]) -> Iterator[Callable[[OpenSuite], Model]]:
+    yield model
