@@ -31,7 +31,17 @@ from poemerge.lifeline import Child
 from poemerge.project import Project
 from tasks.report import StageReport
 
-__all__ = ["Action", "StageEvent", "StageOutcome", "listeners", "push", "run_dvc", "run_stage", "worth_retrying"]
+__all__ = [
+    "Action",
+    "StageEvent",
+    "StageOutcome",
+    "has_remote",
+    "listeners",
+    "push",
+    "run_dvc",
+    "run_stage",
+    "worth_retrying",
+]
 
 Action = Literal["ran", "restored", "unchanged"]
 """What DVC did: ran the command, took the outputs from its run cache, or found nothing to do."""
@@ -105,6 +115,13 @@ def run_stage(stage: str, root: Path, timeout_seconds: float | None = None) -> S
 def push(root: Path, timeout_seconds: float | None = None) -> None:
     """Send the bytes of the project at `root` to DVC's default remote."""
     run_dvc(Project(root), ["push"], timeout_seconds, stage="push")
+
+
+def has_remote(project: Project) -> bool:
+    """Whether DVC has a default remote, to which the project's bytes go."""
+    from dvc.config import Config
+
+    return bool(Config(str(project.root / ".dvc"))["core"].get("remote"))
 
 
 def run_dvc(project: Project, arguments: Sequence[str], timeout_seconds: float | None, *, stage: str) -> list[str]:

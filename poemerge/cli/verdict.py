@@ -1,0 +1,90 @@
+"""What came of a run, in the words of somebody who must decide: the scores, the gates, where to read on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from poemerge.project import Project
+
+__all__ = ["say_verdict", "score_table"]
+
+
+def score_table(project: Project) -> Table | None:
+    """Task × base, expert, merged, normalised, from metrics/evaluation.json; None where that is not there."""
+    evaluation = _read(project.evaluation_json)
+    if evaluation is None:
+        return None
+    table = Table(title="Scores on the test splits", title_justify="left")
+    table.add_column("task")
+    for heading in ("base", "expert", "merged", "normalised"):
+        table.add_column(heading, justify="right")
+    baselines = list(evaluation["mean"].get("baselines", {}))
+    for name in baselines:
+        table.add_column(name, justify="right", style="dim")
+    for task, scores in evaluation["suites"].items():
+        table.add_row(
+            escape(task),
+            *(_number(scores.get(key)) for key in ("base", "expert", "merged", "normalised")),
+            *(_number(scores.get("baselines", {}).get(name)) for name in baselines),
+        )
+    mean = evaluation["mean"]
+    table.add_section()
+    table.add_row(
+        "mean",
+        *(_number(mean.get(key)) for key in ("base", "expert", "merged", "normalised")),
+        *(_number(_accuracy(mean["baselines"][name])) for name in baselines),
+        style="bold",
+    )
+    return table
+
+
+def say_verdict(project: Project, console: Console | None = None) -> None:
+    """Print the scores, the registered version, each gate's verdict, and where the report and the pages are."""
+    console = console or Console(highlight=False)
+    table = score_table(project)
+    if table is not None:
+        console.print(table)
+    registration = _read(project.registration_json)
+    if registration is not None:
+        aliases = ", ".join(registration["aliases"]) or "no alias"
+        console.print(
+            f"{escape(registration['model'])} version {registration['version']} ({aliases}), "
+            f"digest {registration['digest'][:12]}"
+        )
+        for gate in registration["gates"]:
+            console.print(escape(f"  {gate['verdict']:<8} {gate['name']}: {gate['reason']}"), soft_wrap=True)
+        console.print(_decision(registration), style="bold")
+    if project.report_html.is_file():
+        console.print(f"Report: {project.report_html}", soft_wrap=True)
+    console.print("Pages:  `poemerge ui` opens Prefect's and MLflow's")
+
+
+def _decision(registration: dict[str, Any]) -> str:
+    version, before = registration["version"], registration.get("champion_before")
+    if registration["promoted"]:
+        return f"Version {version} is champion" + ("." if before in (None, version) else f"; it was {before}.")
+    if "champion" in registration["aliases"]:
+        return f"Version {version} stays champion."
+    return f"Version {version} is a candidate; version {before} stays champion."
+
+
+def _accuracy(baseline: Any) -> float | None:
+    return baseline.get("accuracy") if isinstance(baseline, dict) else baseline
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return read
