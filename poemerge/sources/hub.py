@@ -2,8 +2,7 @@
 
 A branch or tag is resolved to a commit before anything is downloaded, and every file is checked against the digest
 that the hub lists for it. A hub that does not answer is an error: the client's own fall-back, the `main` that its cache
-last saw, is never used. HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_CACHE and
-HF_TOKEN are read at each call.
+last saw, is never used. HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_CACHE and HF_TOKEN are read at each call.
 """
 
 from __future__ import annotations
