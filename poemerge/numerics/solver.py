@@ -1,8 +1,7 @@
 """`solve`: the mode of a product of experts over one weight matrix, or a batch of equal shapes."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -16,6 +15,7 @@ from poemerge.numerics.experts import Expert, Family
 from poemerge.numerics.majorise import Mode, find_mode
 from poemerge.numerics.one_sided import OneSided
 from poemerge.numerics.posterior import Posterior, Side
+from poemerge.numerics.precision import full_precision, working_dtype
 from poemerge.numerics.solution import Factored, Outcome, Solution, join
 from poemerge.numerics.two_sided import TwoSided
 
@@ -75,7 +75,7 @@ def solve(
         expert, tail_index, scale, scale_factor, prior, prior_precision, side, init, max_steps, rtol, accelerate
     )
     settings.check()
-    with torch.no_grad(), _full_precision():
+    with torch.no_grad(), full_precision():
         if not isinstance(deltas, Tensor):
             if row_blocks is not None:
                 raise _bad("row_blocks", repr(row_blocks), "None for factored deltas", "densify the adapters first")
@@ -149,18 +149,6 @@ def _bad(where: str, got: str, expected: str, next_step: str) -> BadInputError:
     return BadInputError(Problem(where, got, expected, next_step))
 
 
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32, no bfloat16 inside float32 products, no autocast, whatever the caller has switched on."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _check_dense(deltas: Tensor) -> None:
     if deltas.ndim < 3 or not deltas.is_floating_point() or 0 in deltas.shape:
         raise NumericsError(
@@ -221,7 +209,7 @@ def _solve_dense(deltas: Tensor, settings: _Settings) -> Solution:
     batch = tuple(deltas.shape[:-3])
     experts, rows, columns = deltas.shape[-3:]
     scales = _expert_scales(settings.scale, batch, experts, deltas.device)
-    dtype = torch.float64 if deltas.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(deltas.dtype)
     start = None
     if isinstance(settings.init, Tensor):
         if settings.init.shape != (*batch, rows, columns):
