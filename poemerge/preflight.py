@@ -32,6 +32,7 @@ def preflight(project: Project) -> Params:
         params: Params | None = project.load_params()
     except ParamsError as error:
         params, problems = None, list(error.problems)
+    problems += _untracked(project)
     # What can be read of a file with mistakes is checked too, so that all mistakes are told together.
     base, experts, suites = (
         _legible(project.params_yaml)
@@ -44,9 +45,26 @@ def preflight(project: Project) -> Params:
     found += _misfits(project, base, {n: e for n, e in experts.items() if n not in missing}, include, exclude)
     if params is not None and params.fetch.on_bad_expert == "skip":
         found = [problem for problem in found if problem.expert is None]
-    if params is None or found:
+    if params is None or problems or found:
         raise BadInputError([*problems, *found])
     return params
+
+
+def _untracked(project: Project) -> list[Problem]:
+    """Sections that dvc.yaml tracks and params.yaml leaves to its defaults: DVC refuses to run without them."""
+    raw = _mapping(project.params_yaml)
+    stages: dict[str, dict[str, Any]] = _mapping(project.dvc_yaml).get("stages", {})
+    tracked = {str(key).partition(".")[0]: stage for stage, facts in stages.items() for key in facts.get("params", ())}
+    return [
+        Problem(
+            f"params.yaml {key}",
+            got="nothing",
+            expected=f"the section, because DVC tracks it for the stage {stage}",
+            next_step=f"add `{key}: {{}}` for its defaults",
+        )
+        for key, stage in tracked.items()
+        if raw and key not in raw
+    ]
 
 
 def _misfits(
@@ -94,18 +112,22 @@ def _local(project: Project, source: str) -> Path | None:
 
 def _legible(path: Path) -> tuple[SourceParams | None, dict[str, ExpertParams], dict[str, SuiteParams]]:
     """The base, experts and suites of a params.yaml that is not valid as a whole, as far as they are valid."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None, {}, {}
-    if not isinstance(raw, dict):
-        return None, {}, {}
+    raw = _mapping(path)
     evaluate = raw.get("evaluate")
     return (
         _section(SourceParams, raw.get("base")),
         _sections(ExpertParams, raw.get("experts")),
         _sections(SuiteParams, evaluate.get("suites") if isinstance(evaluate, dict) else None),
     )
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file `path`, empty when it holds none."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
 
 
 def _sections(model: type[Section], raw: Any) -> dict[str, Section]:

@@ -37,8 +37,14 @@ def run_remerge(project: Project, *, reason: str, verbose: bool = False) -> dict
     os.chdir(project.root)
     with ended_by_sigterm(), embedded_prefect(project):
         remerge, stage = load(project, "flows.remerge"), load(project, "tasks.stage")
-        with StageDisplay(project, stage.listeners, verbose=verbose):
-            summary: dict[str, Any] = remerge.remerge(remerge.Remerge(reason=reason))
+        from prefect.logging.handlers import APILogHandler
+
+        try:
+            with StageDisplay(project, stage.listeners, verbose=verbose):
+                summary: dict[str, Any] = remerge.remerge(remerge.Remerge(reason=reason))
+        finally:
+            # Prefect sends its last lines in the background, and the server may end with this block.
+            APILogHandler.flush()
     return summary
 
 

@@ -30,7 +30,6 @@ class StageDisplay:
 
     def __init__(self, project: Project, listeners: list[Callable[[Any], None]], *, verbose: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False)
-        self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4)
         self._listeners = listeners
         self._verbose = verbose or not self._console.is_terminal
         self._state = dict.fromkeys(STAGES, "waiting")
@@ -38,6 +37,7 @@ class StageDisplay:
         self._began: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._estimates = _estimates(project)
+        self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4)
 
     def __enter__(self) -> StageDisplay:
         self._listeners.append(self._hear)
