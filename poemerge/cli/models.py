@@ -1,0 +1,98 @@
+"""`poemerge models`: what is registered."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+__all__ = ["add_parser", "run"]
+
+DESCRIPTION = """\
+Lists the registered versions, newest first: aliases, mean accuracy, share of the experts' accuracy kept, digest,
+experts, and what the gates said.
+
+example:
+  $ poemerge models
+  poemerge
+   version  aliases               accuracy  normalised  digest        experts          gates
+         2  candidate               0.4500      0.8846  91d0c2a47be1  a, b             mean failed
+         1  champion                0.4667      0.9186  426ba34ed8f2  a, b             passed
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "models",
+        help="list registered versions",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--decisions", action="store_true", help="print the log of decisions instead: who, when, what, why"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the versions, or the decisions."""
+    from dataclasses import asdict
+
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from poemerge.project import Project
+    from poemerge.registry.journal import Journal
+    from poemerge.registry.tracking import connect, speaking, tracking_uri
+    from poemerge.registry.versions import list_versions
+
+    project = Project.find()
+    model = project.load_params().register_.model
+    client = connect(project)
+    with speaking(tracking_uri(project)):
+        versions = list_versions(client, model)
+        journal = Journal.find(client, model) if args.decisions else None
+        lines = journal.lines() if journal is not None else []
+    if args.json:
+        content = [asdict(line) for line in lines] if args.decisions else [version.to_json() for version in versions]
+        print(json.dumps(content, indent=2, ensure_ascii=False))
+        return 0
+    console = Console()
+    if not versions:
+        console.print(f"{model}: nothing is registered yet; `poemerge run` registers the first version")
+        return 0
+    if args.decisions:
+        table = Table(title=model, title_justify="left", box=SIMPLE_HEAD)
+        for name in ("", "when", "what", "version", "champion before", "who", "why"):
+            table.add_column(name, overflow="fold")
+        for line in lines:
+            when = line.at[:16].replace("T", " ")
+            table.add_row(str(line.number), when, line.action, line.version, line.champion or "", line.by, line.reason)
+        console.print(table)
+        return 0
+    table = Table(title=model, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("version", "aliases", "accuracy", "normalised", "digest", "experts", "gates"):
+        table.add_column(name, justify="right" if name in ("version", "accuracy", "normalised") else "left")
+    for version in versions:
+        failed = [name for name, text in version.gates.items() if text.startswith("fail")]
+        table.add_row(
+            version.version,
+            ", ".join(version.aliases),
+            _figure(version.mean.get("merged")),
+            _figure(version.mean.get("normalised")),
+            version.digest[:12],
+            ", ".join(version.experts),
+            f"{', '.join(failed)} failed" if failed else "passed" if version.gates else "not judged",
+        )
+    console.print(table)
+    for version in versions[:1]:
+        for name, text in version.gates.items():
+            if text.startswith("fail"):
+                console.print(f"version {version.version}, gate {name}: {text.removeprefix('fail: ')}")
+    return 0
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,170 @@
+"""Registering: one run and one version a merge, the same bytes the same version, nothing half registered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from poemerge.errors import RegistryError
+from poemerge.project import Project
+from poemerge.provenance import code_of, code_patch
+from poemerge.registry.record import record
+from poemerge.registry.tracking import connect, speaking, tracking_uri
+from poemerge.registry.versions import find_version, list_versions
+from tasks.register import register
+from tests.registry_project import fresh_registry, make_project, merge_and_score
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("template") / "p", {"a": 1, "b": 2}, git=True).root
+
+
+@pytest.fixture
+def project(template: Path, tmp_path: Path) -> Project:
+    root = tmp_path / "project"
+    shutil.copytree(template, root, symlinks=True)
+    fresh_registry(Project(root))
+    return Project(root)
+
+
+def registration(project: Project) -> dict[str, object]:
+    return dict(json.loads(project.registration_json.read_text()))
+
+
+def test_the_first_merge_is_candidate_and_champion(project: Project) -> None:
+    report = register(project, project.load_params())
+    assert "first champion" in report.headline
+    client = connect(project)
+    (version,) = list_versions(client, "tiny")
+    assert version.version == "1"
+    assert version.aliases == ("candidate", "champion")
+    written = registration(project)
+    assert written["version"] == 1
+    assert written["digest"] == version.digest == json.loads(project.merge_json.read_text())["digest"]
+    assert written["promoted"] is True
+    assert written["champion_before"] is None
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["poemerge.git.commit"] == code_of(project.root).commit
+    assert run.data.tags["poemerge.git.dirty"] == "false"
+    assert run.data.tags["poemerge.expert.a.revision"] == "a-1"
+    assert run.data.params["merge.method"] == "mean"
+    evaluation = json.loads(project.evaluation_json.read_text())
+    assert run.data.metrics["mean.normalised"] == pytest.approx(evaluation["mean"]["normalised"])
+    assert run.data.metrics["a.merged"] == pytest.approx(evaluation["suites"]["a"]["merged"])
+    inputs = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
+    assert inputs == {name: evaluation["suites"][name]["data_digest"][:36] for name in ("a", "b")}
+    children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{version.run_id}'")
+    assert {child.data.tags["mlflow.runName"] for child in children} == {"suite a", "suite b", "baseline mean"}
+    assert {item.path for item in client.list_artifacts(version.run_id)} >= {
+        "lineage.json",
+        "evidence.json",
+        "gates.json",
+        "project",
+        "merge",
+        "evaluation",
+        "predictions",
+    }
+
+
+def test_the_same_bytes_are_the_same_version_and_the_alias_moves_back(project: Project) -> None:
+    client = connect(project)
+    params = project.load_params()
+    first, created = record(client, project, params)
+    assert created
+    merge_and_score(project, noise=0.01)
+    second, created = record(client, project, params)
+    assert created
+    assert (second.version, second.aliases) == ("2", ("candidate",))
+    merge_and_score(project)
+    again, created = record(client, project, params)
+    assert not created
+    assert again.version == first.version
+    assert again.digest == first.digest
+    assert again.aliases == ("candidate",)
+    assert len(list_versions(client, "tiny")) == 2
+
+
+def test_a_half_merged_folder_is_refused_before_anything_is_written(project: Project) -> None:
+    client = connect(project)
+    project.ledger.unlink()
+    (project.merged / "model-2.safetensors.partial").write_bytes(b"x")
+    with pytest.raises(RegistryError, match=r"ledger\.jsonl"):
+        record(client, project, project.load_params())
+    assert list_versions(client, "tiny") == []
+    assert client.search_experiments(filter_string="name LIKE 'poemerge%'") == []
+
+
+def test_a_failure_while_logging_leaves_no_version(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connect(project)
+    project.mlflow_artifacts.mkdir(parents=True)
+    monkeypatch.setattr("poemerge.registry.record.MODEL_CODE", project.root / "absent.py")
+    with pytest.raises(FileNotFoundError):
+        record(client, project, project.load_params())
+    assert list_versions(client, "tiny") == []
+    runs = client.search_runs([client.get_experiment_by_name("poemerge").experiment_id])
+    assert {run.info.status for run in runs if run.data.tags["poemerge.kind"] == "merge"} == {"FAILED"}
+    monkeypatch.undo()
+    version, created = record(client, project, project.load_params())
+    assert created
+    assert version.version == "1"
+
+
+def test_two_that_register_the_same_digest_end_with_one_version(project: Project) -> None:
+    """The second looks before the first has written, then finds that it was not first."""
+    from poemerge.registry import record as module
+
+    client = connect(project)
+    params = project.load_params()
+    seen: list[str] = []
+    find = module.with_digest
+
+    def blind_once(client: MlflowClient, model: str, digest: str) -> object:
+        seen.append(digest)
+        return None if len(seen) <= 2 else find(client, model, digest)
+
+    module.with_digest = blind_once  # type: ignore[assignment]
+    try:
+        first, _ = record(client, project, params)
+        second, _ = record(client, project, params)
+    finally:
+        module.with_digest = find
+    assert first.version == second.version == "1"
+    assert [version.version for version in list_versions(client, "tiny")] == ["1"]
+
+
+def test_versions_are_found_by_number_alias_and_digest(project: Project) -> None:
+    client = connect(project)
+    version, _ = record(client, project, project.load_params())
+    for wanted in ("1", "v1", "candidate", version.digest[:10], version.digest):
+        assert find_version(client, "tiny", wanted).version == "1"
+    with pytest.raises(RegistryError, match=r"champion[\s\S]*expected: one of 1 \(candidate\)"):
+        find_version(client, "tiny", "champion")
+
+
+def test_code_that_differs_from_its_commit_is_told(project: Project) -> None:
+    assert not code_of(project.root).dirty
+    project.params_yaml.write_text(project.params_yaml.read_text() + "# a remark\n")
+    assert not code_of(project.root).dirty, "params.yaml is recorded whole"
+    (project.root / "dvc.yaml").write_text("stages: {}\n# changed\n")
+    (project.root / "new.py").write_text("x = 1\n")
+    assert code_of(project.root).changed == ("dvc.yaml", "new.py")
+    assert "# changed" in code_patch(project.root)
+    assert "a remark" not in code_patch(project.root)
+
+
+def test_the_registry_is_where_it_is_said_to_be(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking_uri(project) == f"sqlite:///{project.root}/.poemerge/mlflow/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    client = connect(project)
+    with (
+        pytest.raises(RegistryError, match=r"expected: an answer from http://127\.0\.0\.1:9"),
+        speaking(tracking_uri(project)),
+    ):
+        list_versions(client, "tiny")
