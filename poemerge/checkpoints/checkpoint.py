@@ -97,9 +97,9 @@ class Checkpoint:
         """The file that the tensor `name` lies in."""
         return self._file[name]
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    def read(self, name: str, rows: slice | None = None, pin: bool = False) -> Tensor:
         """The tensor `name` (or some `rows` of it) on the CPU, in its stored dtype; a copy that the caller owns."""
-        return self._file[name].read(name, rows)
+        return self._file[name].read(name, rows, pin)
 
     def total_bytes(self, names: Iterable[str] | None = None) -> int:
         """Stored size of the tensors `names` (default: all), in bytes."""

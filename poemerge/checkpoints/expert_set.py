@@ -57,11 +57,24 @@ class Expert:
         """The name in its file of the whole tensor that it calls `own`."""
         return self.source.full[own] if isinstance(self.source, Adapter) else own
 
-    def read_own(self, own: str, rows: slice | None = None) -> Tensor:
+    def read_own(self, own: str, rows: slice | None = None, pin: bool = False) -> Tensor:
         """The whole tensor that it calls `own`, in its stored dtype; `own` may be private."""
         if self._head is not None and own in self._head:
-            return self._head.read(own, rows)
-        return self.weights.read(self.stored(own), rows)
+            return self._head.read(own, rows, pin)
+        return self.weights.read(self.stored(own), rows, pin)
+
+    def rank(self, name: str) -> int:
+        """Rank of its factors for the base's weight `name`; 0 where it has none."""
+        own = self.lora.get(name)
+        return self.source.rank(own) if own is not None and isinstance(self.source, Adapter) else 0
+
+    def factor_bytes(self, name: str) -> int:
+        """Stored size of its factors for the base's weight `name`, in bytes."""
+        own = self.lora.get(name)
+        if own is None or not isinstance(self.source, Adapter):
+            return 0
+        module = self.source.modules[own]
+        return self.source.checkpoint.total_bytes([module.a, module.b])
 
     def private_names(self) -> list[str]:
         """Names of its private parameters, head.safetensors included."""
@@ -94,7 +107,7 @@ class Loaded:
     def deltas(self) -> Tensor:
         """Expert minus base, float32 `[expert, *shape]`; the experts' own tensors are let go one by one."""
         base = self.base.to(torch.float32)
-        out = torch.empty((len(self.experts), *base.shape), dtype=torch.float32)
+        out = torch.empty((len(self.experts), *base.shape), dtype=torch.float32, device=base.device)
         for i, expert in enumerate(self.experts):
             if expert in self.whole:
                 out[i] = self.whole.pop(expert)
@@ -196,15 +209,26 @@ class ExpertSet:
             raise ValueError(f"{name} is not factored in every expert")
         return [self._factors(self.experts[expert], name) for expert in self.touching(name)]
 
-    def load(self, name: str, rows: slice | None = None) -> Loaded:
-        """What the files hold for one parameter (or some rows of it), read and not yet converted or subtracted."""
+    def moved(self, name: str) -> list[bool]:
+        """For every expert in `touching(name)`, whether its delta is other than zero; a whole tensor is read up to its
+        first difference from the base's."""
+        found = []
+        for one in (self.experts[expert] for expert in self.touching(name)):
+            whole = one.full.get(name)
+            differs = whole is not None and not same_tensor(self.base, name, one.weights, one.stored(whole))
+            found.append(differs or (name in one.lora and all(bool(f.any()) for f in self._factors(one, name)[:2])))
+        return found
+
+    def load(self, name: str, rows: slice | None = None, pin: bool = False) -> Loaded:
+        """What the files hold for one parameter (or some rows of it), not yet converted or subtracted;
+        `pin` reads it into page-locked memory."""
         touching = self.touching(name)
         return Loaded(
             name,
             touching,
-            self.base.read(name, rows),
+            self.base.read(name, rows, pin),
             {
-                one: self.experts[one].read_own(own, rows)
+                one: self.experts[one].read_own(own, rows, pin)
                 for one in touching
                 if (own := self.experts[one].full.get(name))
             },

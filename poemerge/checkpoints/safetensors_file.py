@@ -113,8 +113,10 @@ class SafetensorsFile:
             raise CheckpointError(problems)
         return SafetensorsFile(path, entries, metadata)
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    def read(self, name: str, rows: slice | None = None, pin: bool = False) -> Tensor:
         """The tensor `name`, or the given `rows` (contiguous, along the first axis) of it, in its stored dtype.
+
+        `pin` puts it into page-locked memory, from which a CUDA device copies without waiting.
 
         Raises CheckpointError when the file ends early (it was cut since it was opened).
         """
@@ -125,16 +127,7 @@ class SafetensorsFile:
             first, last, _ = rows.indices(entry.shape[0])
             row = entry.nbytes // max(entry.shape[0], 1)
             start, shape = entry.start + first * row, (max(last - first, 0), *entry.shape[1:])
-        out = torch.empty(shape, dtype=entry.dtype)
-        self._fill(name, out, start)
-        return out
-
-    def read_into(self, name: str, out: Tensor, rows: slice | None = None) -> Tensor:
-        """Like read, into `out` (contiguous, on the CPU, of the stored dtype and shape), pinned memory for instance."""
-        entry = self.entries[name]
-        start = entry.start
-        if rows is not None:
-            start += rows.indices(entry.shape[0])[0] * (entry.nbytes // max(entry.shape[0], 1))
+        out = torch.empty(shape, dtype=entry.dtype, pin_memory=pin)
         self._fill(name, out, start)
         return out
 

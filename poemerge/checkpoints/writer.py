@@ -51,31 +51,34 @@ def plan_shards(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max
 
 
 class ShardFile:
-    """A shard being written under `<name>.partial`: tensors in any order, then `finish` gives it its name.
+    """A shard being written under `<name>.partial`, tensors or blocks of their rows in any order; `finish` names it.
 
-    Raises PoemergeError where the disk is full or the folder cannot be written.
+    What comes in the order of the file is hashed on its way. Raises PoemergeError where the disk is full or the folder
+    cannot be written.
     """
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         self.path = folder / shard.file
         self.shard = shard
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self._offset: dict[str, int] = {}
+        self._place: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
         at = 0
         for name, dtype, shape in shard.tensors:
             end = at + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [at, end]}
-            self._offset[name] = at
+            self._place[name] = (at, dtype, shape)
             at = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._origin = 8 + len(text)
-        self._missing = {name: (dtype, shape) for name, dtype, shape in shard.tensors}
-        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._left = at
         self._size = self._origin + at
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+        self._partial = self.path.with_name(self.path.name + ".partial")
         try:
             self._partial.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             try:
                 os.posix_fallocate(self._descriptor, 0, self._size)  # a full disk is told now, not after the work
             except OSError as error:
@@ -85,36 +88,46 @@ class ShardFile:
         except OSError as error:
             raise _cannot_write(self._partial, error) from error
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put `tensor` (CPU; dtype and shape as planned) at its place."""
-        dtype, shape = self._missing.pop(name)
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, planned {dtype} {shape}")
-        if tensor.numel():
-            data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-            try:
-                self._write(data, self._origin + self._offset[name])
-            except OSError as error:
-                raise _cannot_write(self._partial, error) from error
+    def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
+        """Put `tensor` (CPU, dtype as planned) at its place: the whole parameter, or its rows from `row` on."""
+        start, dtype, shape = self._place[name]
+        whole = tuple(tensor.shape) == shape
+        if tensor.dtype != dtype or not (whole or (tensor.shape[1:] == shape[1:] and row + len(tensor) <= shape[0])):
+            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)} at row {row}, planned {dtype} {shape}")
+        if not tensor.numel():
+            return
+        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        at = self._origin + start + row * (math.prod(shape[1:]) * dtype.itemsize)
+        try:
+            self._write(data, at)
+        except OSError as error:
+            raise _cannot_write(self._partial, error) from error
+        self._left -= len(data)
 
     def _write(self, data: bytes | memoryview, at: int) -> None:
         view = memoryview(data)
+        if at == self._hashed:
+            self._hash.update(view)
+            self._hashed += len(view)
         while view:
             count = os.pwrite(self._descriptor, view[: 1 << 30], at)
             view, at = view[count:], at + count
 
-    def finish(self) -> Path:
-        """Flush to disk and give the file its name; all tensors must have been written."""
-        if self._missing:
-            raise ValueError(f"{self.path.name} lacks {', '.join(sorted(self._missing)[:5])}")
+    def finish(self) -> str:
+        """Give the file its name and return its sha256; every byte must have been written."""
+        if self._left:
+            raise ValueError(f"{self.path.name} lacks {self._left} of {self._size} bytes")
         try:
-            os.fsync(self._descriptor)
+            while self._hashed < self._size:
+                piece = os.pread(self._descriptor, 1 << 22, self._hashed)
+                self._hash.update(piece)
+                self._hashed += len(piece)
             os.close(self._descriptor)
             self._descriptor = -1
             self._partial.replace(self.path)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        return self.path
+        return self._hash.hexdigest()
 
     def abandon(self) -> None:
         """Close and remove the partial file."""
@@ -124,12 +137,12 @@ class ShardFile:
             self._partial.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write `tensors` (CPU) to the safetensors file `path`, whole or not at all."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write `tensors` (CPU) to the safetensors file `path`, whole or not at all; returns its sha256."""
     shard = Shard(path.name, tuple((name, value.dtype, tuple(value.shape)) for name, value in sorted(tensors.items())))
     file = ShardFile(path.parent, shard)
     try:
-        for name, value in tensors.items():
+        for name, value in sorted(tensors.items()):
             file.write(name, value)
         return file.finish()
     except BaseException:

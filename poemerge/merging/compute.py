@@ -1,0 +1,265 @@
+"""One parameter merged: deltas or factors in, the merged weight and its ledger entry out. No I/O."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import poemerge
+from poemerge.checkpoints import Loaded
+from poemerge.errors import NumericsError
+from poemerge.merging.settings import ELEMENTWISE, SOLVED, ParameterSettings
+
+__all__ = ["Merged", "NotFiniteError", "merge_elementwise", "merge_matrices"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merged weight in its output dtype (None: the base's own bytes stay), and what the ledger says of it."""
+
+    weight: Tensor | None
+    entry: dict[str, Any]
+
+
+class NotFiniteError(NumericsError):
+    """An expert's tensor (or the base's: expert None) holds NaN or infinite entries."""
+
+    def __init__(self, name: str, expert: str | None) -> None:
+        super().__init__(f"{name}: entries of {expert or 'the base'} are NaN or infinite")
+        self.name = name
+        self.expert = expert
+
+    def __reduce__(self) -> tuple[type[NotFiniteError], tuple[str, str | None]]:
+        return type(self), (self.name, self.expert)
+
+
+def merge_elementwise(
+    loaded: Loaded, settings: ParameterSettings, moved: Sequence[bool], experts: int, dtype: torch.dtype
+) -> Merged:
+    """mean: base + c·Σδ/N over all N `experts`; average: over those that `moved`; task_arithmetic: base + c·Σδ.
+
+    Sums in float32. `loaded` may be a block of rows; the entry counts what belongs to that block.
+    """
+    started = time.perf_counter()
+    base = loaded.base.to(torch.float32)
+    total = torch.zeros_like(base)
+    count = 0
+    for expert, counts in zip(loaded.experts, moved, strict=True):
+        whole = loaded.whole.pop(expert, None)
+        if not counts:
+            continue
+        if whole is not None:
+            total += whole.to(torch.float32).sub_(base) if whole.dtype != torch.float32 else whole.sub_(base)
+        if expert in loaded.factors:
+            b, a, scaling = loaded.factors[expert]
+            total.addmm_(b.to(torch.float32), a.to(torch.float32), alpha=scaling)
+        count += 1
+    entry: dict[str, Any] = {"outcome": "mean" if settings.method != "task_arithmetic" else "sum"}
+    if count == 0:
+        return Merged(None, {**entry, "outcome": "unchanged", "seconds": time.perf_counter() - started})
+    share = {"mean": 1 / experts, "average": 1 / count, "task_arithmetic": 1.0}[settings.method]
+    merged = base.add_(total, alpha=settings.coefficient * share)
+    if not bool(merged.isfinite().all()):
+        raise NotFiniteError(loaded.name, None)
+    return Merged(merged.to(dtype), {**entry, "seconds": time.perf_counter() - started})
+
+
+def merge_matrices(
+    names: Sequence[str],
+    experts: Sequence[str],
+    base: Tensor,
+    deltas: Tensor | list[tuple[Tensor, Tensor, float]],
+    settings: ParameterSettings,
+    transposed: bool,
+    dtype: torch.dtype,
+    total_experts: int,
+) -> list[Merged]:
+    """Merge a batch of parameters of one shape, every one as a matrix (or a stack of matrices).
+
+    Arguments: `base` `[batch, *shape]` in its stored dtype; `deltas` float32 `[batch, expert, *shape]`, or one factored
+    adapter an expert with a batch of one; `transposed` says that the weights are stored as [in, out].
+    """
+    started = time.perf_counter()
+    if isinstance(deltas, Tensor):
+        results = (
+            [
+                _dense(name, experts, one_base, one, settings, transposed, dtype, total_experts)
+                for name, one_base, one in zip(names, base, deltas, strict=True)
+            ]
+            if settings.method != "poe" or deltas.ndim != 4 or base.device.type == "cpu"
+            else _batched(names, experts, base, deltas, settings, transposed, dtype)
+        )
+    else:
+        results = [_factored(names[0], experts, base[0], deltas, settings, transposed, dtype)]
+    seconds = (time.perf_counter() - started) / len(results)
+    return [Merged(one.weight, {**one.entry, "seconds": seconds}) for one in results]
+
+
+def _solve(deltas: Any, settings: ParameterSettings) -> poemerge.Solution:
+    return poemerge.solve(
+        deltas,
+        expert=settings.family,
+        tail_index=settings.tail_index,
+        scale=settings.scale,
+        scale_factor=settings.scale_factor,
+        prior=settings.prior,
+        prior_precision=settings.prior_precision,
+        side=settings.side,
+        max_steps=settings.max_steps,
+        rtol=settings.rtol,
+    )
+
+
+def _dense(
+    name: str,
+    experts: Sequence[str],
+    base: Tensor,
+    deltas: Tensor,
+    settings: ParameterSettings,
+    transposed: bool,
+    dtype: torch.dtype,
+    total_experts: int,
+) -> Merged:
+    """One parameter from dense deltas `[expert, *shape]`; a 3-D one of method poe is a stack of matrices."""
+    norms = torch.linalg.vector_norm(deltas.flatten(1), dim=1)
+    _check_finite(name, experts, norms, base)
+    if not bool(norms.any()):
+        return Merged(None, {"outcome": "unchanged"})
+    if settings.method in SOLVED and deltas.ndim == 4:
+        slices = [
+            _dense(f"{name}[{i}]", experts, base[i], deltas[:, i], settings, transposed, dtype, total_experts)
+            for i in range(deltas.shape[1])
+        ]
+        weight = torch.stack(
+            [b.to(dtype) if one.weight is None else one.weight for one, b in zip(slices, base, strict=True)]
+        )
+        return Merged(weight, _joined([one.entry for one in slices], experts))
+    if settings.method == "poe":
+        solution = _solve(deltas.mT if transposed else deltas, settings)
+        theta = solution.dense()
+        entry = _entry(solution, experts)
+    else:
+        theta, entry = _baseline(deltas, settings, transposed, total_experts), {"outcome": settings.method}
+    theta = theta.mT if transposed and settings.method in SOLVED else theta
+    return _added(name, base, theta, settings, dtype, entry)
+
+
+def _batched(
+    names: Sequence[str],
+    experts: Sequence[str],
+    base: Tensor,
+    deltas: Tensor,
+    settings: ParameterSettings,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> list[Merged]:
+    """Several matrices of one shape in one call of the solver: what fills a GPU."""
+    norms = torch.linalg.vector_norm(deltas.flatten(2), dim=2).cpu()
+    for name, own, one_base in zip(names, norms, base, strict=True):
+        _check_finite(name, experts, own, one_base)
+    solutions = _solve(deltas.mT if transposed else deltas, settings).unbind()
+    return [
+        _added(name, one_base, s.dense().mT if transposed else s.dense(), settings, dtype, _entry(s, experts))
+        if bool(own.any())
+        else Merged(None, {"outcome": "unchanged"})
+        for name, own, one_base, s in zip(names, norms, base, solutions, strict=True)
+    ]
+
+
+def _factored(
+    name: str,
+    experts: Sequence[str],
+    base: Tensor,
+    factors: list[tuple[Tensor, Tensor, float]],
+    settings: ParameterSettings,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> Merged:
+    """One matrix from LoRA factors: solved in their subspaces, added to the base as one low-rank product."""
+    for expert, (b, a, _) in zip(experts, factors, strict=True):
+        if not bool(b.isfinite().all() & a.isfinite().all()):
+            raise NotFiniteError(name, expert)
+    # (B A)ᵀ = Aᵀ Bᵀ: the factors are of the stored layout, the solver wants [out, in].
+    solution = _solve([(a.mT, b.mT, s) if transposed else (b, a, s) for b, a, s in factors], settings)
+    theta = solution.theta
+    if isinstance(theta, Tensor):
+        return _added(name, base, theta.mT if transposed else theta, settings, dtype, _entry(solution, experts))
+    left, right = (theta.Q @ theta.X).to(torch.float32), theta.V.to(torch.float32)
+    left, right = (right, left) if transposed else (left, right)
+    merged = torch.addmm(base.to(torch.float32), left, right.mT, alpha=settings.coefficient)
+    return _checked(name, base, merged, dtype, _entry(solution, experts))
+
+
+def _baseline(deltas: Tensor, settings: ParameterSettings, transposed: bool, total_experts: int) -> Tensor:
+    """Θ of a baseline: `[*shape]` from `[expert, *shape]`; methods for matrices see [out, in], others one long row."""
+    if settings.method in ELEMENTWISE:
+        total = deltas.sum(0)
+        return total if settings.method == "task_arithmetic" else total / total_experts
+    import poemerge.baselines as baselines
+
+    method = getattr(baselines, settings.method)
+    stack = (deltas.mT if transposed else deltas) if settings.method in SOLVED else deltas.flatten(1).unsqueeze(1)
+    extra = {"seed": settings.seed} if settings.method == "dare_ties" else {}
+    theta: Tensor = method(stack, **extra)
+    return theta if settings.method in SOLVED else theta.reshape(deltas.shape[1:])
+
+
+def _added(
+    name: str, base: Tensor, theta: Tensor, settings: ParameterSettings, dtype: torch.dtype, entry: dict[str, Any]
+) -> Merged:
+    merged = base.to(torch.float32).add(theta.to(torch.float32), alpha=settings.coefficient)
+    return _checked(name, base, merged, dtype, entry)
+
+
+def _checked(name: str, base: Tensor, merged: Tensor, dtype: torch.dtype, entry: dict[str, Any]) -> Merged:
+    if not bool(merged.isfinite().all()):
+        if not bool(base.isfinite().all()):
+            raise NotFiniteError(name, None)
+        raise NumericsError(
+            f"{name}: the merged weight is not finite although its inputs are ({entry.get('outcome')}). "
+            "Next: raise prior_precision, or override the method for this parameter."
+        )
+    return Merged(merged.to(dtype), entry)
+
+
+def _check_finite(name: str, experts: Sequence[str], norms: Tensor, base: Tensor) -> None:
+    if bool(norms.isfinite().all()):
+        return
+    if not bool(base.isfinite().all()):
+        raise NotFiniteError(name, None)
+    raise NotFiniteError(
+        name, next(expert for expert, norm in zip(experts, norms, strict=True) if not math.isfinite(norm))
+    )
+
+
+def _entry(solution: poemerge.Solution, experts: Sequence[str]) -> dict[str, Any]:
+    weights = solution.weights.double().reshape(-1, len(experts)).mean(0)
+    total = float(weights.sum())
+    return {
+        "weights": {e: float(w) / total if total > 0 else 0.0 for e, w in zip(experts, weights, strict=True)},
+        "steps": solution.steps,
+        "energy_first": float(solution.energy[0]),
+        "energy_last": float(solution.energy[-1]),
+        "outcome": solution.outcome.code,
+    }
+
+
+def _joined(entries: list[dict[str, Any]], experts: Sequence[str]) -> dict[str, Any]:
+    """One entry for a stack of matrices: energies and steps added up, weights averaged, the commonest outcome."""
+    solved = [entry for entry in entries if "weights" in entry]
+    if not solved:
+        return entries[0]
+    outcomes = [entry["outcome"] for entry in solved]
+    return {
+        "weights": {e: sum(entry["weights"][e] for entry in solved) / len(solved) for e in experts},
+        "steps": sum(entry["steps"] for entry in solved),
+        "energy_first": sum(entry["energy_first"] for entry in solved),
+        "energy_last": sum(entry["energy_last"] for entry in solved),
+        "outcome": max(set(outcomes), key=lambda code: (outcomes.count(code), code)),
+    }

@@ -1,0 +1,118 @@
+"""What stands beside the weights in a merged folder: config and tokenizer, heads, merge.json, ledger, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poemerge.checkpoints import ExpertSet, folder_digest, model_config, save_tensors, weights_digest
+from poemerge.merging.card import licence_of, model_card
+from poemerge.merging.engine import Job
+from poemerge.merging.plan import Plan
+from poemerge.merging.staging import Staging
+from poemerge.provenance import library_versions
+
+__all__ = ["source_record", "write_companions"]
+
+_OURS = {"source.json", "merge.json", "expert.json", "adapter_config.json"}
+_COPIED = {".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken"}
+_COPY_LIMIT = 500_000_000
+
+
+def source_record(folder: Path, with_digest: bool) -> dict[str, Any]:
+    """Where a checkpoint comes from: what its source.json says, else its path; a digest where known or asked for."""
+    try:
+        known = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    digest = known.get("digest") or (folder_digest(folder) if with_digest else None)
+    source = known.get("source") or str(folder)
+    return {"source": source, "revision": known.get("revision"), "digest": digest, "license": licence_of(folder)}
+
+
+def write_companions(
+    job: Job, experts: ExpertSet, plan: Plan, staging: Staging, device: str, key: str, with_digests: bool
+) -> dict[str, Any]:
+    """Write everything but the weights into the staging folder; returns the content of merge.json."""
+    records = {shard.file: staging.finished(shard, check=False) for shard in plan.shards}
+    ledger = [line for record in records.values() if record is not None for line in record["ledger"]]
+    base = Path(job.base)
+    _copy_companions(base if base.is_dir() else base.parent, staging, job.params.dtype)
+    for name, expert in experts.experts.items():
+        private = expert.read_private()
+        if private:
+            save_tensors(staging.folder / "heads" / f"{name}.safetensors", private)
+    outcomes = Counter(line["outcome"] for line in ledger)
+    record = {
+        "method": job.params.method,
+        "settings": job.params.model_dump(mode="json"),
+        "selection": asdict(job.selection) if job.params.method == "poe" else None,
+        "base": source_record(base, with_digests),
+        "experts": {
+            name: {
+                **source_record(Path(path), with_digests),
+                "kind": experts.experts[name].kind,
+                "lacks": experts.experts[name].lacks,
+            }
+            for name, path in sorted(job.experts.items())
+        },
+        "rules": {
+            **{
+                rule: [line["name"] for line in ledger if line["rule"] == rule]
+                for rule in ("merged", "averaged", "left_at_base")
+            },
+            "private": {name: list(names) for name, names in plan.private.items()},
+        },
+        "outcomes": dict(sorted(outcomes.items())),
+        "digest": weights_digest({file: one["sha256"] for file, one in records.items() if one is not None}),
+        "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
+        "dtype": job.params.dtype if job.params.dtype != "base" else _common_dtype(plan),
+        "versions": library_versions(),
+        "key": key,
+    }
+    staging.write_text(
+        staging.folder / "ledger.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ledger)
+    )
+    staging.write_text(staging.folder / "merge.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    staging.write_text(staging.folder / "README.md", model_card(staging.out.name, record, model_config(staging.folder)))
+    return record
+
+
+def _common_dtype(plan: Plan) -> str:
+    counts: Counter[torch.dtype] = Counter()
+    for one in plan.parameters:
+        counts[one.dtype] += one.entries
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def _copy_companions(base: Path, staging: Staging, dtype: str) -> None:
+    """Config, tokenizer and the like; never code, never weights. config.json says the new dtype where there is one."""
+    for file in sorted(base.iterdir()):
+        small = file.is_file() and file.suffix in _COPIED and file.stat().st_size <= _COPY_LIMIT
+        if (
+            not small
+            or file.name in _OURS
+            or file.name.endswith(".safetensors.index.json")
+            or file.name.startswith(".")
+        ):
+            continue
+        if file.name == "config.json" and dtype != "base":
+            staging.write_text(
+                staging.folder / file.name, json.dumps(_with_dtype(model_config(base), dtype), indent=2) + "\n"
+            )
+            continue
+        partial = staging.folder / (file.name + ".partial")
+        shutil.copyfile(file, partial)
+        partial.replace(staging.folder / file.name)
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    changed = {key: dtype for key in ("torch_dtype", "dtype") if key in config} or {"dtype": dtype}
+    return {**config, **changed}

@@ -1,0 +1,241 @@
+"""What a merge will do, decided before any weight is read: rules, order, bytes, memory, time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from poemerge.checkpoints import ExpertSet, Shard, plan_shards
+from poemerge.checkpoints.safetensors_file import FLOATS
+from poemerge.errors import BadInputError, Problem
+from poemerge.merging.settings import ELEMENTWISE, ParameterSettings, Selection, resolve
+from poemerge.params import MergeParams, parse_bytes
+
+__all__ = ["Action", "ParameterPlan", "Plan", "Unit", "make_plan"]
+
+Action = Literal["merged", "averaged", "left_at_base"]
+
+BLOCK_BYTES = 1 << 24
+"""Entry by entry merges go through a parameter in blocks of rows of about this size (float32)."""
+
+WORKING_SETS: Mapping[str, float] = {"both": 12.0, "output": 8.0, "input": 8.0}
+"""Memory that solving one matrix takes beside its stack of deltas, in stacks; measured, see benchmarks/merge.py."""
+
+BASELINE_WORKING_SETS = 6.0
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """One parameter of the base: what becomes of it, by which settings, from which experts, in which dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    stored: torch.dtype
+    dtype: torch.dtype
+    action: Action
+    settings: ParameterSettings | None
+    experts: tuple[str, ...]
+    factored: bool
+    transposed: bool
+    why: str = ""
+
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it is merged entry by entry, in blocks."""
+        return self.settings is not None and self.settings.method in ELEMENTWISE
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is read, computed and written in one go: some parameters of one shape, or some rows of one parameter."""
+
+    parameters: tuple[ParameterPlan, ...]
+    rows: slice | None
+    last: bool
+    memory: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All a merge will do. `order` holds, by shard, the units in the order in which they are read and written."""
+
+    parameters: tuple[ParameterPlan, ...]
+    shards: tuple[Shard, ...]
+    order: tuple[tuple[Unit, ...], ...]
+    private: Mapping[str, tuple[str, ...]]
+    bytes_read: int
+    bytes_written: int
+    max_memory: int
+    largest_unit: int
+    flops: float
+
+    def names(self, action: Action) -> list[str]:
+        """Names of the parameters that `action` befalls, in order of name."""
+        return sorted(one.name for one in self.parameters if one.action == action)
+
+
+def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, device: str) -> Plan:
+    """The plan of merging `experts` by `params` on `device`; nothing is read but what opening the set read.
+
+    Raises BadInputError when a parameter needs more memory than params.max_memory, or no parameter is merged.
+    """
+    parameters = [_parameter(experts, params, selection, name) for name in experts.names()]
+    shards = plan_shards([(p.name, p.dtype, p.shape) for p in parameters], parse_bytes(params.max_shard_size))
+    by_name = {p.name: p for p in parameters}
+    limit = parse_bytes(params.max_memory)
+    order: list[tuple[Unit, ...]] = []
+    laid_out: list[Shard] = []
+    for shard in shards:
+        units = tuple(_units([by_name[name] for name, _, _ in shard.tensors], limit, batch=device != "cpu"))
+        order.append(units)
+        names = [one.name for unit in units for one in unit.parameters if unit.last]
+        tensors = {tensor[0]: tensor for tensor in shard.tensors}
+        laid_out.append(Shard(shard.file, tuple(tensors[name] for name in names)))
+    largest = max((unit for group in order for unit in group), key=lambda unit: unit.memory)
+    problems = []
+    if largest.memory > limit:
+        one = largest.parameters[0]
+        problems.append(
+            Problem(
+                "merge.max_memory",
+                f"{limit:,} bytes",
+                f"at least {largest.memory:,} bytes, for one {'×'.join(map(str, one.shape))} matrix of "
+                f"{len(one.experts)} experts by {one.settings.method if one.settings else 'copying'}",
+                "raise it, or override the method for this parameter (mean and task_arithmetic go block by block)",
+                tensor=one.name,
+            )
+        )
+    if not any(p.action != "left_at_base" for p in parameters):
+        problems.append(
+            Problem(
+                "merge.include, merge.exclude",
+                "no parameter that is both selected and touched by an expert",
+                "at least one parameter to merge",
+                "loosen the globs",
+            )
+        )
+    if problems:
+        raise BadInputError(problems)
+    return Plan(
+        parameters=tuple(parameters),
+        shards=tuple(laid_out),
+        order=tuple(order),
+        private={name: tuple(one.private_names()) for name, one in experts.experts.items()},
+        bytes_read=sum(_bytes_read(experts, p) for p in parameters),
+        bytes_written=sum(shard.nbytes for shard in shards),
+        max_memory=limit,
+        largest_unit=largest.memory,
+        flops=sum(_flops(experts, p) for p in parameters),
+    )
+
+
+def _parameter(experts: ExpertSet, params: MergeParams, selection: Selection, name: str) -> ParameterPlan:
+    shape, stored = experts.base.shape(name), experts.base.dtype(name)
+    dtype = stored if params.dtype == "base" or stored not in FLOATS else getattr(torch, params.dtype)
+    touching = tuple(experts.touching(name))
+    if not touching:
+        excluded = experts.rules[name] == "base"
+        why = "no weight" if stored not in FLOATS else "not selected" if excluded else "no expert holds it"
+        return ParameterPlan(name, shape, stored, dtype, "left_at_base", None, (), False, False, why)
+    settings = resolve(params, selection, name, experts.rule(name))
+    factored = experts.is_factored(name) and settings.method == "poe"
+    action: Action = "averaged" if settings.method in {"average", "mean"} else "merged"
+    return ParameterPlan(name, shape, stored, dtype, action, settings, touching, factored, experts.transposed(name))
+
+
+def _units(parameters: Sequence[ParameterPlan], limit: int, batch: bool) -> Iterator[Unit]:
+    """The units of one shard, in the order of the files; `batch` puts equal shapes together, up to half the budget."""
+    if batch:
+        first: dict[object, int] = {}
+        for i, p in enumerate(parameters):
+            first.setdefault(_alike(p), i)
+        parameters = sorted(parameters, key=lambda p: first[_alike(p)])
+    waiting: list[ParameterPlan] = []
+    for p in parameters:
+        if waiting and (not batch or _alike(p) != _alike(waiting[0]) or (len(waiting) + 1) * _memory(p) > limit // 2):
+            yield Unit(tuple(waiting), None, True, sum(_memory(one) for one in waiting))
+            waiting = []
+        if p.action == "left_at_base" or p.elementwise:
+            yield from _blocks(p)
+        else:
+            waiting.append(p)
+            if p.factored or len(p.shape) != 2:
+                yield Unit((p,), None, True, _memory(p))
+                waiting = []
+    if waiting:
+        yield Unit(tuple(waiting), None, True, sum(_memory(one) for one in waiting))
+
+
+def _alike(p: ParameterPlan) -> tuple[object, ...]:
+    return (
+        (p.shape, p.stored, p.dtype, p.settings, p.experts, p.factored, p.transposed)
+        if not p.elementwise
+        else (p.name,)
+    )
+
+
+def _blocks(p: ParameterPlan) -> Iterator[Unit]:
+    """A parameter in blocks of rows; memory: base, sum, one expert's rows in float32 and as stored, the output."""
+    rows = p.shape[0] if p.shape else 1
+    step = max(1, rows * BLOCK_BYTES // max(4 * p.entries, 1))
+    if step >= rows:
+        yield Unit((p,), None, True, _block_memory(p, p.entries))
+        return
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        yield Unit(
+            (p,), slice(first, first + count), first + count == rows, _block_memory(p, p.entries // rows * count)
+        )
+
+
+def _block_memory(p: ParameterPlan, entries: int) -> int:
+    return entries * (16 + p.stored.itemsize + p.dtype.itemsize + len(p.experts) * p.stored.itemsize)
+
+
+def _memory(p: ParameterPlan) -> int:
+    """Bytes that one matrix takes while under way: the stored tensors, the stack of deltas, the solver, the output."""
+    assert p.settings is not None
+    stored = p.entries * (p.stored.itemsize + p.dtype.itemsize + 8)
+    if p.factored:
+        # Bases of at most min(out, in) columns, in float64 while they are made; the cores are small beside them.
+        width = sum(p.shape) * min(*p.shape, 64 * len(p.experts))
+        return stored + 3 * 8 * width
+    stack = 4 * p.entries * len(p.experts)
+    own = WORKING_SETS[p.settings.side] if p.settings.method == "poe" else BASELINE_WORKING_SETS
+    if len(p.shape) == 3:  # a stack of matrices is solved one by one
+        return stored + 2 * stack + int(own * stack / p.shape[0])
+    return stored + int((1 + own) * stack)
+
+
+def _bytes_read(experts: ExpertSet, p: ParameterPlan) -> int:
+    total = experts.base.nbytes(p.name)
+    for name in p.experts:
+        expert = experts.experts[name]
+        if p.name in expert.full:
+            total += expert.weights.nbytes(expert.stored(expert.full[p.name]))
+        total += expert.factor_bytes(p.name)
+    return total
+
+
+def _flops(experts: ExpertSet, p: ParameterPlan) -> float:
+    """Floating-point operations of one parameter, to about a factor of two: products of the solver's inner loop."""
+    if p.settings is None or p.elementwise:
+        return 2.0 * p.entries * len(p.experts)
+    n, rows, columns = len(p.experts), *(p.shape[-2:] if len(p.shape) > 1 else (1, p.entries))
+    stacked = p.entries / max(rows * columns, 1)
+    if p.factored:
+        rank = sum(experts.experts[name].rank(p.name) for name in p.experts)
+        return 2.0 * rank * rows * columns + 8.0 * rank**2 * (rows + columns) + 120.0 * n * rank**3
+    if p.settings.method != "poe":
+        return 20.0 * n * rows * columns * min(rows, columns)
+    products = 2.0 * n * rows * columns * (rows + columns)
+    return stacked * products * (60.0 if p.settings.side == "both" else 6.0)

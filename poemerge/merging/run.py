@@ -1,0 +1,99 @@
+"""`merge`: from checkpoints to a finished folder, the same for the pipeline's stage and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from poemerge.checkpoints import ExpertSet, write_index
+from poemerge.merging.device import choose_device
+from poemerge.merging.engine import Job, Progress, open_job, run_shards
+from poemerge.merging.output import source_record, write_companions
+from poemerge.merging.plan import Plan
+from poemerge.merging.settings import Selection
+from poemerge.merging.staging import Staging, check_output, job_key
+from poemerge.params import MergeParams
+
+__all__ = ["MergeResult", "merge", "prepare"]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge: its folder, the content of its merge.json, and how many shards an earlier run had finished."""
+
+    out: Path
+    record: Mapping[str, Any]
+    resumed_shards: int
+
+
+def prepare(
+    base: Path, experts: Mapping[str, Path], params: MergeParams, selection: Selection | None = None
+) -> tuple[Job, ExpertSet, Plan]:
+    """The job, its checkpoints and its plan, everything checked and nothing written: what `--dry-run` shows.
+
+    Raises CheckpointError or BadInputError with every problem.
+    """
+    job = Job(
+        str(Path(base).absolute()),
+        {name: str(Path(path).absolute()) for name, path in sorted(experts.items())},
+        params,
+        selection or Selection(),
+    )
+    return job, *open_job(job)
+
+
+def merge(
+    base: Path,
+    experts: Mapping[str, Path],
+    out: Path,
+    params: MergeParams,
+    selection: Selection | None = None,
+    *,
+    digests: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge `experts` (name → folder) of `base` into the folder `out`, which appears when it is whole.
+
+    A run that was killed goes on at its first unwritten shard when it is started again with the same inputs and
+    settings; an earlier merge at `out` is replaced. Arguments: `selection` gives the expert family of method poe
+    (default Cauchy); `digests` hashes inputs that have no source.json; `progress(done, total, name)` is told bytes
+    after each unit. Raises CheckpointError or BadInputError before any work where the input is wrong, PoemergeError
+    where the disk refuses.
+    """
+    out = Path(out)
+    check_output(out)
+    job, checkpoints, plan = prepare(base, experts, params, selection)
+    try:
+        device = choose_device(params.device)
+        key = job_key({"inputs": _identities(job), **job.description()})
+        staging = Staging(out, key)
+        with staging.hold():
+            pending = [i for i, shard in enumerate(plan.shards) if staging.finished(shard) is None]
+            resumed = len(plan.shards) - len(pending)
+            if params.engine == "dask":
+                from poemerge.merging.cluster import run_on_cluster
+
+                run_on_cluster(job, plan, pending, staging, progress)
+            else:
+                run_shards(checkpoints, plan, pending, staging, device, progress)
+            write_index(staging.folder, plan.shards)
+            record = write_companions(job, checkpoints, plan, staging, device, key, digests)
+            staging.publish()
+        return MergeResult(out, record, resumed)
+    finally:
+        checkpoints.close()
+
+
+def _identities(job: Job) -> dict[str, Any]:
+    """What tells one input from another without reading it: its recorded digest, else its files' sizes and times."""
+    return {name: _identity(Path(path)) for name, path in [("", job.base), *job.experts.items()]}
+
+
+def _identity(folder: Path) -> Any:
+    digest = source_record(folder, with_digest=False)["digest"]
+    if digest is not None:
+        return digest
+    files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]

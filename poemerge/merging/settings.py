@@ -1,0 +1,120 @@
+"""What is done to each parameter: the merge's settings with overrides applied and the expert family filled in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from poemerge.checkpoints import Rule
+from poemerge.checkpoints.roles import role
+from poemerge.errors import BadInputError, Problem
+from poemerge.params import Family, MergeParams, Method, Side
+
+__all__ = ["ELEMENTWISE", "SOLVED", "FamilyChoice", "ParameterSettings", "Selection", "resolve"]
+
+ELEMENTWISE: frozenset[str] = frozenset({"mean", "task_arithmetic", "average"})
+"""Methods that treat every entry alone, so that a parameter can be merged in blocks."""
+
+SOLVED: frozenset[str] = frozenset({"poe", "tsv_m", "iso_c", "wudi"})
+"""Methods defined on matrices; what is no matrix is averaged beside them."""
+
+DEFAULT_COEFFICIENT: Mapping[str, float] = {"task_arithmetic": 0.4}
+"""Task arithmetic adds up all task vectors: 0.4 is its paper's single recommendation, https://arxiv.org/abs/2212.04089."""
+
+
+@dataclass(frozen=True)
+class FamilyChoice:
+    """An expert family, with its tail index where it is Student-t."""
+
+    family: Family = "cauchy"
+    tail_index: float | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The family of the product's experts: one for the model, and others for some layer groups."""
+
+    model: FamilyChoice = FamilyChoice()
+    groups: Mapping[str, FamilyChoice] = field(default_factory=dict)
+
+    def of(self, name: str) -> FamilyChoice:
+        """The choice for the parameter `name`."""
+        return self.groups.get(role(name), self.model) if self.groups else self.model
+
+    @staticmethod
+    def read(path: Path) -> Selection:
+        """The selection in expert.json: family and tail_index, and the same by group under `groups` if it has any."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            groups = {name: _choice(one) for name, one in (raw.get("groups") or {}).items() if one.get("family")}
+            return Selection(_choice(raw), groups)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise BadInputError(
+                Problem(
+                    str(path),
+                    f"{type(error).__name__}: {error}",
+                    "what the expert stage writes",
+                    "run the expert stage again: dvc repro expert",
+                )
+            ) from error
+
+
+def _choice(raw: Mapping[str, Any]) -> FamilyChoice:
+    return FamilyChoice(raw["family"], raw.get("tail_index") if raw["family"] == "student_t" else None)
+
+
+@dataclass(frozen=True)
+class ParameterSettings:
+    """Everything that decides one merged parameter, beside its deltas. Method `average`: the mean over the experts
+    whose delta is not zero, for what is no matrix."""
+
+    method: Method | Literal["average"]
+    family: Family
+    tail_index: float | None
+    side: Side
+    scale: Literal["task-norm", "gram-norm", "fitted"]
+    scale_factor: float
+    prior: Literal["relative", "absolute"]
+    prior_precision: float
+    coefficient: float
+    max_steps: int
+    rtol: float
+    seed: int
+
+
+def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) -> ParameterSettings:
+    """Settings of the parameter `name`: those of `params`, then the overrides whose glob matches, the last one wins.
+
+    A method for matrices becomes `average` on what is no matrix, unless an override names a method for it.
+    """
+    choice = selection.of(name)
+    explicit = "coefficient" in params.model_fields_set
+    settings = ParameterSettings(
+        method=params.method,
+        family=choice.family,
+        tail_index=choice.tail_index,
+        side=params.side,
+        scale=params.scale,
+        scale_factor=params.scale_factor,
+        prior=params.prior,
+        prior_precision=params.prior_precision,
+        coefficient=params.coefficient if explicit else DEFAULT_COEFFICIENT.get(params.method, params.coefficient),
+        max_steps=params.max_steps,
+        rtol=params.rtol,
+        seed=params.seed,
+    )
+    if rule != "matrix" and settings.method in SOLVED:
+        settings = replace(settings, method="average", coefficient=1.0)
+    for glob, override in params.overrides.items():
+        if fnmatchcase(name, glob):
+            given = override.model_dump(exclude_none=True)
+            if given.get("family", "student_t") != "student_t":
+                given["tail_index"] = None
+            if "method" in given and "coefficient" not in given:
+                given["coefficient"] = DEFAULT_COEFFICIENT.get(given["method"], params.coefficient)
+            settings = replace(settings, **given)
+    return settings

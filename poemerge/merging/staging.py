@@ -1,0 +1,119 @@
+"""The folder in which a merge grows, out of sight: what is finished there is found again, and renamed when whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from poemerge.checkpoints import Shard, file_digest
+from poemerge.errors import BadInputError, PoemergeError, Problem
+from poemerge.filelock import exclusive
+
+__all__ = ["Staging", "check_output", "job_key"]
+
+
+def job_key(description: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits that stand for the inputs and settings of a merge."""
+    text = json.dumps(description, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_output(out: Path) -> None:
+    """Raises BadInputError when `out` exists and is no merge of ours, or its folder cannot be written."""
+    if out.exists() and not (out.is_dir() and ((out / "merge.json").is_file() or not any(out.iterdir()))):
+        raise BadInputError(
+            Problem(
+                str(out),
+                "something that is no merge of poemerge",
+                "a new folder, or an earlier merge to replace",
+                "choose another --out, or remove it",
+            )
+        )
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise BadInputError(
+            Problem(
+                str(out),
+                f"{parent} cannot be written",
+                "a folder that you may write to",
+                "choose another --out, or mend its rights",
+            )
+        )
+
+
+class Staging:
+    """`.NAME.KEY.partial` beside the output folder NAME: finished shards, each with a record of digest and ledger.
+
+    A record is written after its shard has its name, and believed only when the shard still has the recorded digest.
+    """
+
+    def __init__(self, out: Path, key: str) -> None:
+        self.out = out
+        self.folder = out.absolute().parent / f".{out.name}.{key}.partial"
+
+    @property
+    def records(self) -> Path:
+        """Where the records of finished shards lie while the merge grows, and until its output has its name."""
+        return self.folder.with_name(self.folder.name.removesuffix(".partial") + ".records.partial")
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Make the folder and keep other merges to the same output away from it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.records.mkdir(exist_ok=True)
+        except OSError as error:
+            raise PoemergeError(
+                f"Cannot write {self.folder}\n  got:      {error.strerror}\n  expected: a folder that can be written\n"
+                "  next:     choose another --out"
+            ) from error
+        with exclusive(self.folder.parent / f".{self.out.name}.lock.partial"):
+            yield
+
+    def finished(self, shard: Shard, check: bool = True) -> dict[str, Any] | None:
+        """The record of `shard` when it is there whole, else None (what is left of it is removed).
+
+        `check` compares the file's digest with the record's: for what an earlier run left.
+        """
+        record, file = self.records / f"{shard.file}.json", self.folder / shard.file
+        try:
+            known: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+            if file.is_file() and (not check or file_digest(file) == known["sha256"]):
+                return known
+        except (OSError, ValueError, KeyError):
+            pass
+        for path in (record, file, file.with_name(file.name + ".partial")):
+            path.unlink(missing_ok=True)
+        return None
+
+    def record(self, shard: Shard, sha256: str, ledger: list[dict[str, Any]]) -> None:
+        """Note that `shard` is finished."""
+        self.write_text(
+            self.records / f"{shard.file}.json", json.dumps({"sha256": sha256, "ledger": ledger}, ensure_ascii=False)
+        )
+
+    @staticmethod
+    def write_text(path: Path, text: str) -> None:
+        """Write a text file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+    def publish(self) -> None:
+        """Give the finished folder the output's name; an earlier merge of that name goes, and so do stale stagings."""
+        replaced = self.folder.with_name(self.folder.name + ".replaced.partial")
+        if self.out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.out.rename(replaced)
+        self.folder.rename(self.out.absolute())
+        shutil.rmtree(replaced, ignore_errors=True)
+        for kind in ("", ".records"):
+            for stale in self.folder.parent.glob(f".{self.out.name}.????????????????{kind}.partial"):
+                shutil.rmtree(stale, ignore_errors=True)

@@ -1,0 +1,116 @@
+"""Read ahead, compute beside, write behind: units of work in order, within a budget of memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from queue import Queue
+from typing import TypeVar
+
+import torch
+
+__all__ = ["MemoryGate", "processors", "single_threaded", "stream"]
+
+Unit = TypeVar("Unit")
+Loaded = TypeVar("Loaded")
+Result = TypeVar("Result")
+
+
+class MemoryGate:
+    """Admits work in order while what is admitted stays within `limit` bytes; more than the limit is admitted alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def acquire(self, nbytes: int) -> bool:
+        """Wait until `nbytes` fit; False when the gate was closed meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self._used or self._used + nbytes <= self._limit)
+            self._used += 0 if self._closed else nbytes
+            return not self._closed
+
+    def release(self, nbytes: int) -> None:
+        """Give `nbytes` back."""
+        with self._changed:
+            self._used -= nbytes
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Turn away everybody who waits, and who comes."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def stream(
+    units: Iterable[Unit],
+    memory: Callable[[Unit], int],
+    read: Callable[[Unit], Loaded],
+    compute: Callable[[Unit, Loaded], Result],
+    write: Callable[[Unit, Result], None],
+    *,
+    workers: int,
+    limit: int,
+) -> None:
+    """Carry every unit through read (one thread), compute (`workers` threads) and write (the caller's), in order.
+
+    At most `limit` bytes are under way by the units' own account, `memory(unit)`: a slow writer holds the reader back.
+    The first exception of any step is raised here, after the threads have ended.
+    """
+    gate = MemoryGate(limit)
+    # A reader that has died must still be heard, so it hands its exception on in the queue's order.
+    queue: Queue[tuple[Unit, Future[Result]] | BaseException | None] = Queue()
+    with ThreadPoolExecutor(workers, "merge-compute") as pool:
+
+        def read_ahead() -> None:
+            try:
+                for unit in units:
+                    if not gate.acquire(memory(unit)):
+                        return
+                    queue.put((unit, pool.submit(compute, unit, read(unit))))
+                queue.put(None)
+            except BaseException as error:
+                queue.put(error)
+
+        reader = threading.Thread(target=read_ahead, name="merge-read", daemon=True)
+        reader.start()
+        try:
+            while (item := queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                unit, future = item
+                del item
+                result = future.result()
+                del future
+                write(unit, result)
+                del result
+                gate.release(memory(unit))
+        finally:
+            gate.close()
+            reader.join()
+            pool.shutdown(cancel_futures=True)
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """One torch thread a matrix: matrices are what runs in parallel, and no result depends on the number of cores."""
+    before = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(precision)
