@@ -53,7 +53,7 @@ def fetch(project: Project, params: Params, policy: RetryPolicy | None = None) -
             "  next:     start with `poemerge run`, which resolves them first"
         )
     place = workplace(project)
-    scratch = project.base.parent / ".fetch"
+    scratch = project.base.parent / "fetch.partial"  # a name that git and DVC ignore
     shutil.rmtree(scratch, ignore_errors=True)
 
     def fetch_one(what: str, name: str, entry: Entry, target: Path) -> _Outcome:

@@ -80,7 +80,7 @@ def test_everything_is_brought_with_its_origin(project: Project, models: Path) -
         "lora": None,
     }
     assert report.headline == "2 experts, 1 suites: 4 fetched, 0 already there"
-    assert not (project.base.parent / ".fetch").exists()
+    assert not (project.base.parent / "fetch.partial").exists()
 
 
 def test_what_is_there_stays(project: Project) -> None:
@@ -201,7 +201,7 @@ def test_what_is_no_longer_named_goes(project: Project) -> None:
 
 
 def test_an_interrupted_fetch_is_cleared_away(project: Project) -> None:
-    leftover = project.base.parent / ".fetch" / "new" / "experts" / "full"
+    leftover = project.base.parent / "fetch.partial" / "new" / "experts" / "full"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
     fetched(project)

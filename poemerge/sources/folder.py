@@ -42,6 +42,7 @@ class FolderSource:
                 f"{revision[:19]}…",
                 "run again: the folder is resolved anew",
                 transient=True,
+                exhausted=True,
             )
         newest = max(path.stat().st_mtime for path in files.values())
         return Brought(digests, datetime.fromtimestamp(newest, UTC).isoformat(timespec="seconds"))

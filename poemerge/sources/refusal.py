@@ -21,11 +21,19 @@ class Refusal(Exception):  # noqa: N818 - it becomes a Problem of an error, and 
     """A source says no: what was `got`, what was `expected`, the `next_step`.
 
     `transient` is true when the same request may be answered later (the network, a busy hub, a file being written);
-    `wait` is how many seconds the other side asked us to stay away, where it said so.
+    `wait` is how many seconds the other side asked us to stay away, where it said so; `exhausted` says that
+    trying again in this run is of no use.
     """
 
     def __init__(
-        self, got: str, expected: str, next_step: str, *, transient: bool = False, wait: float | None = None
+        self,
+        got: str,
+        expected: str,
+        next_step: str,
+        *,
+        transient: bool = False,
+        wait: float | None = None,
+        exhausted: bool = False,
     ) -> None:
         super().__init__(got)
         self.got = got
@@ -33,6 +41,7 @@ class Refusal(Exception):  # noqa: N818 - it becomes a Problem of an error, and 
         self.next_step = next_step
         self.transient = transient
         self.wait = wait
+        self.exhausted = exhausted
 
     def problem(self, where: str, expert: str | None) -> Problem:
         """This refusal as a Problem of the params key `where`."""
@@ -54,12 +63,15 @@ class RetryPolicy:
 
 
 def retrying(work: Callable[[], Result], what: str, policy: RetryPolicy) -> Result:
-    """What `work()` returns; a transient Refusal is tried again as `policy` says, any other is raised at once."""
+    """What `work()` returns; a transient Refusal is tried again as `policy` says, any other is raised at once.
+
+    `what` names the work in the log.
+    """
     for attempt in range(1, policy.attempts + 1):
         try:
             return work()
         except Refusal as refusal:
-            if not refusal.transient:
+            if not refusal.transient or refusal.exhausted:
                 raise
             if attempt == policy.attempts:
                 raise Refusal(
