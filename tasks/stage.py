@@ -74,14 +74,14 @@ listeners: list[Callable[[StageEvent], None]] = []
 """Called in this process with every event of a stage: how a terminal shows live what happens."""
 
 
-class _Told(StageError):
+class _ToldError(StageError):
     """A failure that the stage itself explained; without that it was killed, or DVC refused to run it."""
 
 
 def worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     """Whether a stage that failed may succeed when tried again: the network may come back, bad input stays bad."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, _Told) and error.exit_status == 1
+    return isinstance(error, _ToldError) and error.exit_status == 1
 
 
 @task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
@@ -230,7 +230,7 @@ def _failure(project: Project, stage: str, status: int, lines: Sequence[str]) ->
             f"  got:      {' '.join(last) or f'exit status {status} without a word'}\n"
             "  next:     see the lines above; a stage that was killed leaves no message (was memory short?)"
         )
-    error = _Told(f"The stage {stage} failed: {told['message']}")
+    error = _ToldError(f"The stage {stage} failed: {told['message']}")
     error.exit_status = int(told["exit_status"])
     return error
 

@@ -44,7 +44,7 @@ def run_remerge(project: Project, *, reason: str, verbose: bool = False) -> dict
                 summary: dict[str, Any] = remerge.remerge(remerge.Remerge(reason=reason))
         finally:
             # Prefect sends its last lines in the background, and the server may end with this block.
-            APILogHandler.flush()
+            APILogHandler().flush()
     return summary
 
 

@@ -1,0 +1,90 @@
+"""A whole project in a folder of its own, as a team's checkout is: the code of this one, tiny models, git and DVC."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tiny import make_base, make_full_expert, make_lora_expert, make_suite
+
+from poemerge.project import Project
+
+CHECKOUT = Path(__file__).parents[1]
+CODE = ("poemerge", "tasks", "flows", "dvc.yaml", "prefect.yaml", ".dvcignore", ".gitignore")
+
+
+def make_project(root: Path) -> Project:
+    """A project at `root` with a base, two full experts and a LoRA one, and a suite of each, all in local folders."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name in CODE:
+        source = CHECKOUT / name
+        if source.is_dir():
+            shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, root / name)
+    models = root / "models"
+    base = make_base(models / "base")
+    make_full_expert(base, models / "apples", seed=1)
+    make_full_expert(base, models / "pears", seed=2)
+    make_lora_expert(base, models / "plums", seed=3)
+    for seed, name in enumerate(("apples", "pears", "plums")):
+        make_suite(root / "suites" / name, seed=seed)
+    write_params(
+        root,
+        {
+            "base": {"source": "models/base"},
+            "experts": {name: {"source": f"models/{name}"} for name in ("apples", "pears", "plums")},
+            "fetch": {},
+            "expert": {},
+            "tail": {"entries_per_matrix": 1000},
+            "merge": {"device": "cpu", "max_steps": 5},
+            "evaluate": {
+                "suites": {name: {"data": f"suites/{name}"} for name in ("apples", "pears", "plums")},
+                "baselines": ["mean"],
+                "device": "cpu",
+                "bootstrap_samples": 100,
+            },
+            "register": {"model": "tiny"},
+            "schedule": {"watch": {"interval_seconds": 2, "settle_seconds": 2}},
+        },
+    )
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=root, check=True, capture_output=True)
+    for command in (
+        ["git", "add", "-A"],
+        ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "."],
+    ):
+        subprocess.run(command, cwd=root, check=True, capture_output=True)
+    return Project(root.resolve())
+
+
+def read_params(root: Path) -> dict[str, Any]:
+    return yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+
+
+def write_params(root: Path, params: dict[str, Any]) -> None:
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+
+
+def environment() -> dict[str, str]:
+    """Ours without what names a server, and with one thread."""
+    servers = ("PREFECT_", "MLFLOW_", "DVC_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(servers)}
+    return env | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": ""}
+
+
+def poemerge(project: Project, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+    """`poemerge ARGUMENTS` in the project's folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "poemerge", *arguments],
+        cwd=project.root,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
