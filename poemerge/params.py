@@ -94,8 +94,12 @@ class FetchParams(Section):
 
 
 class TailParams(Section):
-    """The tail fit: at which reference merges residuals are taken, and how many entries of each matrix."""
+    """The tail fit: at which reference merges residuals are taken, on which side, and how many entries of each matrix.
 
+    `side` is best that of `merge.side`: the families are then compared on the residuals that the merge weighs.
+    """
+
+    side: Side = "both"
     references: tuple[Literal["mean", "task_arithmetic", "ties"], ...] = ("mean", "task_arithmetic", "ties")
     entries_per_matrix: int = Field(default=20_000, ge=1_000)
     seed: int = 0

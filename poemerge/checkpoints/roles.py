@@ -30,7 +30,7 @@ def role(name: str) -> str:
     """The group of the matrix `name`, the same for encoders, decoders and vision transformers of any library.
 
     Block numbers do not count, so a group pools all depths: within a role the matrices have one shape and one place in
-    the computation, while along the depth the residuals' tails change little once each is standardised.
+    the computation, and a model of any depth has the same few groups.
 
     >>> role("encoder.layer.3.attention.self.query.weight")
     'attention query'

@@ -223,8 +223,9 @@ def select(fit: TailFit, among: Sequence[str] = tuple(FAMILIES)) -> Selection:
     """The family of `among` with the best held-out likelihood, unless a simpler one is as good within the noise.
 
     As good: the best one's held-out gain over it is at most `STANDARD_ERRORS` standard errors. Of several as good, the
-    one with the fewest parameters, then the highest likelihood, is taken; so samples of a Cauchy are called Cauchy and
-    not Student-t with ν = 1.02, and samples of a Student-t with ν = 30 Gaussian until there are enough to tell.
+    one with the fewest parameters is taken, then one that the merge can use, then the highest likelihood; so samples of
+    a Cauchy are called Cauchy and not Student-t with ν = 1.02, and samples of a Student-t with ν = 30 Gaussian until
+    there are enough to tell.
     """
     best = max(among, key=lambda name: fit.fits[name].held_out)
 
@@ -232,15 +233,17 @@ def select(fit: TailFit, among: Sequence[str] = tuple(FAMILIES)) -> Selection:
         gain = fit.gains[best][name]
         return gain.mean <= STANDARD_ERRORS * gain.standard_error
 
-    size = {name: len(FAMILIES[name].parameters) for name in among}
-    simpler = [name for name in among if size[name] < size[best] and as_good(name)]
-    taken = min(simpler, key=lambda name: (size[name], -fit.fits[name].held_out), default=best)
+    def preference(name: str) -> tuple[int, bool]:
+        return len(FAMILIES[name].parameters), name not in USABLE
+
+    simpler = [name for name in among if preference(name) < preference(best) and as_good(name)]
+    taken = min(simpler, key=lambda name: (preference(name), -fit.fits[name].held_out), default=best)
     others = [name for name in among if name != taken]
     if taken != best:
         gain = fit.gains[best][taken]
         reason = (
             f"{best} is ahead by {gain.mean:.2g} ± {gain.standard_error:.2g} nats an entry held out: within the noise, "
-            "so the family with fewer parameters is taken"
+            "so the simpler family is taken"
         )
     elif others:
         second = max(others, key=lambda name: fit.fits[name].held_out)
