@@ -18,9 +18,10 @@ made from files inside three package archives (no hub). docs/zoo.md says what th
 
   $ poemerge zoo build
   $ poemerge zoo list
-  expert          kind  base   expert  train
-  newsgroups      full  0.643  0.773     768
-  reuters         full  0.820  0.983     768
+  expert           kind  base   expert's  train  validation  test
+  newsgroups       full  0.643  0.773     768    300         300
+  reuters          full  0.820  0.983     768    300         300
+  editorials-lora  lora  0.743  0.843     768    300         300
   ...
 
 Inside a project, `zoo build` is DVC's stage data/zoo/dvc.yaml, so it is built once; accuracies are on the
@@ -101,17 +102,16 @@ def _list(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("expert", "task", "kind", "base", "expert's", "train", "validation", "test", box=None)
+    table = Table("expert", "kind", "base", "expert's", "train", "validation", "test", box=None, pad_edge=False)
     for name, facts in manifest["experts"].items():
         suite, found = manifest["suites"][facts["task"]], facts["validation_accuracy"]
         table.add_row(
             name,
-            suite["title"],
             facts["kind"],
             f"{found['base']:.3f}",
             f"{found['expert']:.3f}",
             str(facts["train_examples"]),
-            str(facts["validation_examples"]),
+            str(suite["validation"]),
             str(suite["test"]),
         )
     Console().print(table)
