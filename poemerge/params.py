@@ -100,7 +100,9 @@ class TailParams(Section):
     """
 
     side: Side = "both"
-    references: tuple[Literal["mean", "task_arithmetic", "ties"], ...] = ("mean", "task_arithmetic", "ties")
+    references: tuple[Literal["mean", "task_arithmetic", "ties"], ...] = Field(
+        default=("mean", "task_arithmetic", "ties"), min_length=1
+    )
     entries_per_matrix: int = Field(default=20_000, ge=1_000)
     seed: int = 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ROLES", "role"]
+__all__ = ["ROLES", "block", "role"]
 
 _LEAVES: dict[str, tuple[str, ...]] = {
     "attention query, key, value": (
@@ -49,3 +49,12 @@ def role(name: str) -> str:
             return "attention output"
         return "feed-forward out" if any(part.isdigit() for part in name.split(".")) else OTHER
     return _BY_LEAF.get(leaf, OTHER)
+
+
+def block(name: str) -> int | None:
+    """The number of the block that the matrix `name` lies in, None outside every block.
+
+    >>> block("encoder.layer.3.attention.self.query.weight")
+    3
+    """
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -32,7 +32,7 @@ class HillCurve:
 def hill(
     magnitudes: Float[Tensor, " entry"],
     *,
-    fractions: tuple[float, float] = (0.001, 0.1),
+    fractions: tuple[float, float] = (0.001, 0.05),
     points: int = 40,
     level: float = 0.95,
 ) -> HillCurve:
