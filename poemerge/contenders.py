@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import logging
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from poemerge.checkpoints import file_digest, folder_digest
 from poemerge.errors import ProjectError
-from poemerge.params import SuiteParams
+from poemerge.merging import Selection, merge
+from poemerge.params import BaselineName, MergeParams, SuiteParams
 from poemerge.project import Project
 from poemerge.suites.evaluation import Contender, OpenSuite, load_suites
 from poemerge.suites.protocol import Model, SuiteSpec
 from poemerge.suites.store import score_key
 
 __all__ = ["Field", "open_suites"]
+
+log = logging.getLogger(__name__)
+
+_SHARED = {
+    "include", "exclude", "device", "dtype", "max_memory", "max_shard_size", "engine", "dask_address", "seed"
+}  # fmt: skip
+"""Settings that a baseline takes from ours: what is merged, in which precision, and how."""
 
 
 def open_suites(project: Project, suites: Mapping[str, SuiteParams], split: str | None = None) -> list[OpenSuite]:
@@ -47,6 +58,14 @@ def _digest_of(folder: Path) -> str:
     except (OSError, ValueError):
         recorded = None
     return str(recorded) if recorded else folder_digest(folder)
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Of the code that merges: scores of merges made by other code are not taken again."""
+    package = Path(__file__).parent
+    files = sorted(path for room in ("numerics", "merging") for path in (package / room).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -97,19 +116,35 @@ class Field:
         digest = json.loads(record.read_text(encoding="utf-8"))["digest"] if record.is_file() else folder_digest(folder)
         return self._folder(name, str(digest), lambda suite: self._model(name, folder, suite))
 
-    def merge_on_demand(
-        self, name: str, inputs: Mapping[str, Any], merge: Callable[[], AbstractContextManager[Path]]
-    ) -> Contender:
-        """A model that `merge` makes when a score of it is wanted; `inputs` is everything that it is made from."""
-        experts = {expert: _digest_of(folder) for expert, folder in self.project.expert_folders().items()}
-        digest = score_key(base=_digest_of(self.project.base), experts=experts, **inputs)
+    def merging(self, name: str, params: MergeParams, selection: Selection | None = None) -> Contender:
+        """A merge with other settings, made in a temporary folder, and only when a score of it is not kept already."""
+        experts = self.project.expert_folders()
+        digest = score_key(
+            base=_digest_of(self.project.base),
+            experts={expert: _digest_of(folder) for expert, folder in experts.items()},
+            params=params.model_dump(mode="json", exclude={"max_memory", "max_shard_size", "engine", "dask_address"}),
+            # A coefficient that is not given is the method's own, and equal settings are not equal merges.
+            given=sorted(params.model_fields_set & {"coefficient"}),
+            selection=repr(selection),
+            code=_code_digest(),
+        )
 
         @contextmanager
         def ready() -> Iterator[Callable[[OpenSuite], Model]]:
-            with merge() as folder:
+            self.project.state.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="merge-", dir=self.project.state) as scratch:
+                folder = Path(scratch) / "model"
+                log.info("merging %s, to be scored", name)
+                merge(self.project.base, experts, folder, params, selection)
                 yield lambda suite: self._model(name, folder, suite)
 
         return Contender(name, lambda suite: self._key(digest, suite), ready)
+
+    def baseline(self, method: BaselineName, params: MergeParams) -> Contender:
+        """The merge by another method at that method's own settings; which parameters are merged, and how the work is
+        carried out, is as in `params`."""
+        shared = params.model_dump(include=_SHARED & params.model_fields_set)
+        return self.merging(method, MergeParams.model_validate({**shared, "method": method}))
 
     def _folder(self, name: str, digest: str, model: Callable[[OpenSuite], Model]) -> Contender:
         return Contender(name, lambda suite: self._key(digest, suite), lambda: _ready(model))

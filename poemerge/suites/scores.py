@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,13 @@ METRICS: dict[str, Metric] = {
 
 
 def metric_named(name: str) -> Metric:
-    """The metric `name`; raises SuiteError listing those there are."""
+    """The metric `name`; raises SuiteError listing those there are.
+
+    `value:NAME` and `loss:NAME` are the metrics value and loss under a name that says what the numbers are.
+    """
+    kind, _, given = name.partition(":")
+    if given and kind in ("value", "loss"):
+        return replace(METRICS[kind], name=name)
     if name not in METRICS:
         raise SuiteError(
             f"metric\n  got:      {name!r}\n  expected: one of {', '.join(METRICS)}\n"

@@ -23,7 +23,7 @@ from poemerge.suites.scores import (
 )
 from poemerge.suites.store import ScoreStore
 
-__all__ = ["summarise"]
+__all__ = ["summarise", "table_of", "verdict_of"]
 
 Floats = NDArray[np.float64]
 LEVEL = 0.95
@@ -179,3 +179,37 @@ def _number(value: Floats) -> float | None:
 
 def _interval(draws: Floats) -> list[float] | None:
     return None if np.isnan(draws).any() else list(interval(draws))
+
+
+def table_of(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows suite × (base, each baseline, merged, expert, normalised), the mean last, in fractions."""
+    suites, mean = evaluation["suites"], evaluation["mean"]
+    methods = list(dict.fromkeys(name for suite in suites.values() for name in suite["baselines"]))
+    rows = [
+        {"task": name, BASE: suite[BASE]}
+        | {method: suite["baselines"].get(method) for method in methods}
+        | {OURS: suite[OURS], EXPERT: suite[EXPERT], "normalised": suite["normalised"]}
+        for name, suite in suites.items()
+    ]
+    if mean["suites"]:
+        rows.append(
+            {"task": "mean", BASE: mean[BASE]}
+            | {method: mean["baselines"].get(method, {}).get("accuracy") for method in methods}
+            | {OURS: mean[OURS], EXPERT: mean[EXPERT], "normalised": mean["normalised"]}
+        )
+    return rows
+
+
+def verdict_of(evaluation: Mapping[str, Any]) -> str:
+    """The outcome in one line: the merged mean, its share of the experts', and its lead over the best other method."""
+    mean = evaluation["mean"]
+    if mean[OURS] is None:
+        return f"{len(evaluation['suites'])} suites scored"
+    line = f"merged {mean[OURS]:.4f}, {mean['normalised']:.1%} of the experts' ({mean[EXPERT]:.4f})"
+    if not mean["baselines"]:
+        return line
+    best = max(mean["baselines"], key=lambda name: mean["baselines"][name]["accuracy"])
+    lead = mean["lead"][best]
+    low, high = lead["interval"]
+    sure = "inside the noise" if low <= 0 <= high else "outside the noise"
+    return f"{line}; {lead['difference']:+.4f} over {best}, the best other ({sure}: {low:+.4f} to {high:+.4f})"
