@@ -91,7 +91,7 @@ class Stack:
 
     def _ready(self, name: str, process: subprocess.Popen[bytes]) -> bool:
         """Whether a service is healthy, or one that runs once has succeeded."""
-        serves = "healthcheck" in self.compose["services"][name]
+        serves = "test" in self.compose["services"][name].get("healthcheck", {})
         status = process.poll()
         if status is not None and (serves or status != 0):
             raise ServiceError(f"{name} ended with status {status}:\n{self.log(name)[-4000:]}")
@@ -129,7 +129,7 @@ class Stack:
 
     def client_environment(self) -> dict[str, str]:
         """The worker's addresses and credentials, for commands on this machine."""
-        ours = ("HOME", "PREFECT_WORKER_")
+        ours = ("HOME", "PREFECT_WORKER_", "GIT_CONFIG_")
         return {key: value for key, value in self.environment().items() if not key.startswith(ours)}
 
     def secret(self, name: str) -> str:
@@ -332,11 +332,11 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("`run` takes a command after --, `up` takes none")
     with Stack(given.state or given.project / ".poemerge" / "services", given.project) as stack:
         try:
-            stack.up(["setup"])
+            stack.up(["prefect", "mlflow-user"])
             with dvc_remote(given.project):
                 if given.action == "run":
                     return subprocess.run(command, env=_path() | stack.client_environment()).returncode
-                stack.up(["worker"])
+                stack.up(["install", "worker"])
                 for name, value in stack.client_environment().items():
                     print(f"export {name}={value}")  # noqa: T201
                 print("# Ctrl-C ends the services", flush=True)  # noqa: T201
