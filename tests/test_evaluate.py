@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -191,20 +189,53 @@ def test_evaluation_says_what_the_predictions_say(project: Project) -> None:
     assert found["suites"]["two"]["expert_name"] == "adapted"
 
 
-def test_baselines_are_merged_only_when_a_score_is_missing(project: Project, tmp_path: Path) -> None:
-    made = []
+def test_stage_writes_evaluation_and_merges_each_baseline_once(
+    project: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    from poemerge.params import Params
+    from tasks.evaluate import evaluate as stage
 
-    @contextmanager
-    def merge() -> Iterator[Path]:
-        made.append("mean")
-        yield project.merged
+    params = Params.model_validate(
+        {
+            "base": {"source": "base"},
+            "experts": {"one": {"source": "one"}, "adapted": {"source": "adapted"}},
+            "evaluate": {"suites": SUITES, "baselines": ["mean", "ties"], "dtype": "float32", "bootstrap_samples": 200},
+        }
+    )
+    caplog.set_level("INFO")
+    report = stage(project, params)
+    assert [r.getMessage() for r in caplog.records if r.getMessage().startswith("merging")] == [
+        "merging mean, to be scored",
+        "merging ties, to be scored",
+    ]
+    first = json.loads(project.evaluation_json.read_text())
+    caplog.clear()
+    stage(project, params)
+    assert not [r for r in caplog.records if r.getMessage().startswith("merging")], "kept scores are taken again"
+    again = json.loads(project.evaluation_json.read_text())
+    assert again | {"seconds": 0} == first | {"seconds": 0}
+    assert set(first["suites"]["one"]["baselines"]) == {"mean", "ties"} == set(first["mean"]["baselines"])
+    assert report.headline.startswith(f"merged {first['mean']['merged']:.4f}")
+    assert [row["task"] for row in report.table] == ["one", "two", "mean"]
+    assert (project.root / str(report.figure)).read_bytes().startswith(b"\x89PNG")
+    assert not list(project.state.glob("merge-*")), "no merge is left behind"
 
-    store = ScoreStore(tmp_path / "scores")
-    suites, field = open_suites(project, SUITES), Field.of(project)
-    for _ in range(2):
-        results = evaluate_models(suites, [field.merge_on_demand("mean", {"method": "mean"}, merge)], store, FLOAT32)
-    assert made == ["mean"]
-    assert results["one"]["mean"][0].examples == 40
+    # The mean by hand: every float weight of the base plus the mean of the two deltas.
+    base, one = (load_file(folder / "model.safetensors") for folder in (project.base, project.expert("one")))
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    plain = AutoModel.from_pretrained(project.base)
+    adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(project.base), project.expert("adapted"))
+    merged = adapted.merge_and_unload().state_dict()
+    state = {name: value + (one[name] - base[name] + merged[name] - value) / 2 for name, value in
+             plain.state_dict().items() if value.is_floating_point()}  # fmt: skip
+    plain.load_state_dict(state, strict=False)
+    texts, labels = examples(project, "one")
+    with torch.no_grad():
+        logits = logits_by_hand(plain.eval(), project.base, one["head.weight"], texts)
+    right = (logits.argmax(-1) == torch.tensor(labels)).float().mean()
+    assert first["suites"]["one"]["baselines"]["mean"] == pytest.approx(float(right), abs=1 / 40)
 
 
 def test_nothing_merged_is_said(tmp_path: Path) -> None:
