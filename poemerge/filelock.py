@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["exclusive"]
+__all__ = ["exclusive", "holder"]
 
 
 @contextlib.contextmanager
@@ -38,3 +38,16 @@ def exclusive(path: Path, on_wait: Callable[[str], None] | None = None, poll_sec
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def holder(path: Path) -> str | None:
+    """The process id of who holds the lock file `path` now, or None when nobody does."""
+    try:
+        with path.open("r", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip()
+    except FileNotFoundError:
+        pass
+    return None

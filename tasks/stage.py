@@ -46,6 +46,15 @@ __all__ = [
 Action = Literal["ran", "restored", "unchanged"]
 """What DVC did: ran the command, took the outputs from its run cache, or found nothing to do."""
 
+HINTS = (
+    "To track the changes with git",
+    "git add ",
+    "To enable auto staging",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+)
+"""What DVC says after every stage to somebody who types its commands: not of use here."""
+
 MAX_IMAGE_BYTES = 2_000_000
 """Figures up to this size go into the Prefect page; larger ones stay in the report."""
 
@@ -203,7 +212,7 @@ def _fill(stream: IO[bytes], lines: queue.SimpleQueue[str | None]) -> None:
     for raw in stream:
         # A progress bar overwrites its line with carriage returns: what it showed last is the line.
         text = raw.decode("utf-8", errors="replace").rstrip("\r\n").rpartition("\r")[2].rstrip()
-        if text:
+        if text and not text.lstrip().startswith(HINTS):
             lines.put(text)
     lines.put(None)
 
