@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["Expert", "Family"]
+__all__ = ["Energy", "Expert", "Family"]
 
 Family = Literal["gaussian", "student_t", "cauchy"]
 
@@ -50,3 +50,37 @@ class Expert:
         if self.quadratic:
             return 1 / (2 * scale_sq)
         return (self.tail_index + 1) / (2 * (self.tail_index * scale_sq + residual_sq))
+
+    def weight_slope(
+        self, residual_sq: Float[Tensor, "batch expert"], scale_sq: Float[Tensor, "batch expert"]
+    ) -> Float[Tensor, "batch expert"]:
+        """ρ″(r²) = −2w²/(ν+1): how the weight falls as the residual grows; 0 for the Gaussian."""
+        return -2 / (self.tail_index + 1) * self.weight(residual_sq, scale_sq).square()
+
+
+@dataclass(frozen=True)
+class Energy:
+    """E = Σ ρ(r_i²) + λ‖Θ‖² of a batch; an absent expert (zero delta) has no part in it."""
+
+    expert: Expert
+    scale_sq: Float[Tensor, "batch expert"]
+    prior: Float[Tensor, " batch"]
+    present: Bool[Tensor, "batch expert"]
+
+    def of(
+        self, residual_sq: Float[Tensor, "batch expert"], norm_sq: Float[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """E for given r_i² and ‖Θ‖²."""
+        return self.expert.energy(residual_sq, self.scale_sq).sum(-1) + self.prior * norm_sq
+
+    def weights(self, residual_sq: Float[Tensor, "batch expert"]) -> Float[Tensor, "batch expert"]:
+        """w_i = ρ′(r_i²); 0 for an absent expert."""
+        return torch.where(self.present, self.expert.weight(residual_sq, self.scale_sq), 0.0)
+
+    def log_weights(self, residual_sq: Float[Tensor, "batch expert"]) -> Float[Tensor, "batch expert"]:
+        """log w_i; 0 for an absent expert."""
+        return torch.where(self.present, self.expert.weight(residual_sq, self.scale_sq).log(), 0.0)
+
+    def weight_slopes(self, residual_sq: Float[Tensor, "batch expert"]) -> Float[Tensor, "batch expert"]:
+        """ρ″(r_i²); 0 for an absent expert."""
+        return torch.where(self.present, self.expert.weight_slope(residual_sq, self.scale_sq), 0.0)

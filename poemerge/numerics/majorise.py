@@ -1,18 +1,21 @@
-"""Majorise–minimise with Anderson acceleration on the logarithms of the weights, for a batch of problems at once."""
+"""Majorise–minimise for a batch of problems, accelerated without leaving the basin that the plain steps lead to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from poemerge.numerics.experts import Expert
+from poemerge.numerics.anderson import Anderson
+from poemerge.numerics.experts import Energy
+from poemerge.numerics.one_sided import dot
+from poemerge.numerics.subspace import Quadratics, search
 
-__all__ = ["Mode", "Problem", "find_mode"]
+__all__ = ["Mode", "Problem", "find_mode", "settled_gap"]
 
-# How many past steps Anderson acceleration looks back on.
-_DEPTH = 6
+# The weights count as settled, as far as the dtype allows, after this many steps in which their change did not shrink.
+_STALLED_STEPS = 4
 
 
 class Problem(Protocol):
@@ -33,14 +36,20 @@ class Problem(Protocol):
         """r_i² at Θ."""
         ...
 
+    def expand(
+        self, theta: Tensor, step: Tensor, last: Tensor
+    ) -> tuple[Float[Tensor, "batch expert"], Float[Tensor, "batch expert"], Float[Tensor, "batch expert"]]:
+        """Half the slope of r_i² at Θ along `step`, and the curvatures ⟨step, step⟩ and ⟨step, last⟩ of its form."""
+        ...
+
 
 @dataclass(frozen=True)
 class Mode:
-    """Where majorise–minimise ended: see `Solution`; `gap` is the last relative change of the weights."""
+    """Where majorise–minimise is: see `Solution`; `gap` is the last relative change of the weights."""
 
     theta: Float[Tensor, "batch out in"]
     residual_sq: Float[Tensor, "batch expert"]
-    energy: Float[Tensor, "step batch"]
+    trace: list[Float[Tensor, " batch"]]
     steps: Int[Tensor, " batch"]
     gap: Float[Tensor, " batch"]
     ok: Bool[Tensor, " batch"]
@@ -49,117 +58,122 @@ class Mode:
 
 def find_mode(
     problem: Problem,
-    expert: Expert,
+    energy: Energy,
     *,
-    scale_sq: Float[Tensor, "batch expert"],
-    prior: Float[Tensor, " batch"],
-    present: Bool[Tensor, "batch expert"],
     theta: Float[Tensor, "batch out in"],
     residual_sq: Float[Tensor, "batch expert"],
     max_steps: int,
     rtol: float,
-    accelerate: bool = True,
+    accelerate: bool,
 ) -> Mode:
-    """Minimise E(Θ) = Σ ρ(r_i²) + λ‖Θ‖² from `theta`, whose residuals are given.
+    """Minimise E from `theta`, whose residuals are given.
 
-    A plain step solves for Θ(w) at w_i = ρ′(r_i²) and never raises E. An accelerated one solves at extrapolated log w;
-    it is kept only when E falls, else the plain step is taken from the last kept point.
+    A plain step solves for Θ(w) at w_i = ρ′(r_i²) and never raises E. Accelerated, a single problem first extrapolates
+    log w by Anderson's method, as long as E falls and the steps look like those towards a minimum; after that, and in a
+    batch, every plain step is followed by a search for the lowest E in the plane of that step and the one before, as
+    far as E is convex there. No accelerated step is kept that leaves E higher than before.
     """
+    batch, device = len(energy.prior), energy.prior.device
+    mode = Mode(
+        theta,
+        residual_sq,
+        [energy.of(residual_sq, dot(theta, theta))],
+        torch.zeros(batch, dtype=torch.int64, device=device),
+        torch.full((batch,), torch.inf, dtype=torch.float64, device=device),
+        torch.ones(batch, dtype=torch.bool, device=device),
+        torch.zeros(batch, dtype=torch.bool, device=device),
+    )
+    if accelerate and batch == 1 and not energy.expert.quadratic:
+        mode = _extrapolate(problem, energy, mode, max_steps, rtol)
+        if not bool(mode.ok) or bool(mode.gap <= settled_gap(theta.dtype, rtol)):
+            return mode
+    return _descend(problem, energy, mode, max_steps, rtol, accelerate)
 
-    def energy_of(theta: Tensor, residual_sq: Tensor) -> Tensor:
-        return expert.energy(residual_sq, scale_sq).sum(-1) + prior * theta.double().square().sum((-1, -2))
 
-    def target_of(residual_sq: Tensor) -> Tensor:
-        return torch.where(present, expert.weight(residual_sq, scale_sq).log(), 0.0)
+def settled_gap(dtype: torch.dtype, rtol: float) -> float:
+    """The change of the weights at which theta is within `rtol`: a tenth of it, as the last change is less than all to
+    come; and not less than what the dtype resolves."""
+    return max(0.1 * rtol, 64 * torch.finfo(dtype).eps)
 
-    batch = len(prior)
-    device = prior.device
-    energy = energy_of(theta, residual_sq)
-    trace = [energy]
-    # Rounding of the energy: a rise within it is no rise.
-    slack = 64 * torch.finfo(theta.dtype).eps
-    target = target_of(residual_sq)
-    history = _History(batch, target.shape[1], device)
-    propose_plain = torch.ones(batch, dtype=torch.bool, device=device)
-    active = torch.ones(batch, dtype=torch.bool, device=device)
-    exhausted = torch.zeros(batch, dtype=torch.bool, device=device)
-    ok = torch.ones(batch, dtype=torch.bool, device=device)
-    steps = torch.zeros(batch, dtype=torch.int64, device=device)
-    gap = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
-    proposal = target
-    for _ in range(max_steps):
-        weights = torch.where(present, proposal.exp(), 0.0)
-        inner_rtol = 0.1 * max(rtol, min(1e-2, float(gap[active].min())))
-        trial, solved = problem.minimise(weights, prior, theta, inner_rtol)
-        trial_residual_sq = problem.residual_sq(trial)
-        trial_energy = energy_of(trial, trial_residual_sq)
-        steps += active
-        ok &= solved | ~propose_plain | ~active
-        lower = solved & (trial_energy <= torch.where(propose_plain, energy * (1 + slack), energy))
-        kept = active & lower
+
+def _solve_rtol(problem: Problem, rtol: float, gap: float) -> float:
+    """How precisely an iterative minimiser is asked to solve: loosely while the weights still move."""
+    return 0.1 * rtol if problem.exact else 0.1 * max(rtol, min(1e-2, gap))
+
+
+def _extrapolate(problem: Problem, energy: Energy, mode: Mode, max_steps: int, rtol: float) -> Mode:
+    """Anderson's phase of a single problem: until the weights settle, or an extrapolation is refused."""
+    anderson = Anderson()
+    proposal, plain = energy.log_weights(mode.residual_sq), True
+    slack = 64 * torch.finfo(mode.theta.dtype).eps
+    while int(mode.steps) < max_steps:
+        inner_rtol = _solve_rtol(problem, rtol, float(mode.gap))
+        weights = torch.where(energy.present, proposal.exp(), 0.0)
+        theta, solved = problem.minimise(weights, energy.prior, mode.theta, inner_rtol)
+        residual_sq = problem.residual_sq(theta)
+        value, before = energy.of(residual_sq, dot(theta, theta)), mode.trace[-1]
+        mode = replace(mode, steps=mode.steps + 1, trace=[*mode.trace, torch.minimum(value, before)])
+        if not bool(solved & (value <= before * (1 + slack * plain))):
+            mode.trace[-1] = before
+            return replace(mode, ok=mode.ok & (solved | (not plain)))
+        image = energy.log_weights(residual_sq)
+        gap = (image - proposal).abs().amax(-1)
+        mode = replace(mode, theta=theta, residual_sq=residual_sq, gap=gap)
+        if bool(gap <= settled_gap(theta.dtype, rtol)) and (problem.exact or inner_rtol <= rtol):
+            return mode
+        extrapolated = anderson.extrapolate(proposal[0], image[0])
+        if extrapolated is None and not plain:
+            return mode
+        plain = extrapolated is None
+        proposal = image if extrapolated is None else extrapolated.unsqueeze(0)
+    return mode
+
+
+def _descend(problem: Problem, energy: Energy, mode: Mode, max_steps: int, rtol: float, accelerate: bool) -> Mode:
+    """Plain steps, each followed by a search in the plane of the last two when `accelerate` is on."""
+    eps = torch.finfo(mode.theta.dtype).eps
+    goal = settled_gap(mode.theta.dtype, rtol)
+    theta, residual_sq, value, steps, gap = mode.theta, mode.residual_sq, mode.trace[-1], mode.steps, mode.gap
+    trace, ok, exhausted = list(mode.trace), mode.ok, mode.exhausted
+    plain = torch.zeros(len(value), 2, dtype=torch.float64, device=value.device)
+    plain[:, 0] = 1.0
+    last = torch.zeros_like(theta)
+    last_slope = torch.zeros(len(value), residual_sq.shape[1] + 1, dtype=torch.float64, device=value.device)
+    last_curvature = torch.zeros_like(last_slope)
+    smallest, stalled = torch.full_like(gap, torch.inf), torch.zeros_like(steps)
+    active = torch.ones_like(ok)
+    while bool((active := active & (steps < max_steps)).any()):
+        inner_rtol = _solve_rtol(problem, rtol, float(gap[active].min()))
+        trial, solved = problem.minimise(energy.weights(residual_sq), energy.prior, theta, inner_rtol)
+        step = torch.where(solved[:, None, None], trial - theta, 0.0)
+        slope, own, across = problem.expand(theta, step, last)
+        slope = torch.cat([slope, dot(theta, step)[:, None]], 1)
+        own = torch.cat([own, dot(step, step)[:, None]], 1)
+        across = torch.cat([across, dot(step, last)[:, None]], 1)
+        plane = Quadratics(
+            energy,
+            torch.cat([residual_sq, dot(theta, theta)[:, None]], 1),
+            torch.stack([slope, last_slope], -1),
+            torch.stack([own, across, across, last_curvature], -1).view(*own.shape, 2, 2),
+        )
+        plain_residual_sq, plain_value = plane.at(plain)
+        kept = active & solved & (plain_value <= value + 64 * eps * value)
+        steps, ok = steps + active, ok & (solved | ~active)
         # A plain step that does not lower the energy has met the rounding of the dtype.
-        exhausted |= active & propose_plain & ~lower
-        active &= ~(propose_plain & ~lower)
-        theta = torch.where(kept[:, None, None], trial, theta)
-        residual_sq = torch.where(kept[:, None], trial_residual_sq, residual_sq)
-        energy = torch.where(kept, torch.minimum(trial_energy, energy), energy)
-        trace.append(energy)
-        target = torch.where(kept[:, None], target_of(residual_sq), target)
-        change = (target - proposal).abs().amax(-1)
+        exhausted = exhausted | (active & solved & ~kept)
+        change = (energy.log_weights(plain_residual_sq) - energy.log_weights(residual_sq)).abs().amax(-1)
         gap = torch.where(kept, change, gap)
-        active &= ~(kept & (change <= rtol) & (problem.exact or inner_rtol <= rtol))
-        if not bool(active.any()):
-            break
-        extrapolated = history.extrapolate(proposal, target, kept)
-        rejected = active & ~kept
-        history.forget(rejected)
-        propose_plain = rejected if accelerate else torch.ones_like(rejected)
-        propose_plain = propose_plain | ~history.ready
-        proposal = torch.where(propose_plain[:, None], target, extrapolated)
-    return Mode(theta, residual_sq, torch.stack(trace), steps, gap, ok, exhausted)
-
-
-class _History:
-    """Anderson's memory (type II, Walker & Ni 2011): past log-weights x and their images g(x) = log ρ′(r²(Θ(x)))."""
-
-    def __init__(self, batch: int, experts: int, device: torch.device) -> None:
-        shape = (_DEPTH, batch, experts)
-        self._points = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._misfits = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._last: tuple[Tensor, Tensor] | None = None
-        self._valid = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._count = 0
-        self.ready = torch.zeros(batch, dtype=torch.bool, device=device)
-
-    def extrapolate(self, point: Tensor, image: Tensor, kept: Tensor) -> Tensor:
-        """g(x) − (ΔX + ΔF)c with c the least-squares fit of F by ΔF, after recording x where it was kept."""
-        misfit = image - point
-        if self._last is not None:
-            slot = self._count % _DEPTH
-            fresh = (kept & self._valid)[:, None]
-            self._points[slot] = torch.where(fresh, point - self._last[0], 0.0)
-            self._misfits[slot] = torch.where(fresh, misfit - self._last[1], 0.0)
-            self._count += 1
-            self._last = (
-                torch.where(kept[:, None], point, self._last[0]),
-                torch.where(kept[:, None], misfit, self._last[1]),
-            )
-            self.ready = self.ready | fresh.squeeze(-1)
-        else:
-            self._last = (point, misfit)
-        self._valid = self._valid | kept
-        differences = self._misfits.permute(1, 2, 0)
-        normal = differences.mT @ differences
-        ridge = 1e-14 * normal.diagonal(dim1=-2, dim2=-1).sum(-1) + torch.finfo(torch.float64).tiny
-        normal = normal + ridge[:, None, None] * torch.eye(_DEPTH, dtype=normal.dtype, device=normal.device)
-        right = differences.mT @ misfit.unsqueeze(-1)
-        coefficients = torch.linalg.solve_ex(normal, right)[0].nan_to_num(0.0, 0.0, 0.0)
-        shift: Tensor = (self._points + self._misfits).permute(1, 2, 0) @ coefficients
-        return image - shift.squeeze(-1)
-
-    def forget(self, which: Bool[Tensor, " batch"]) -> None:
-        """Drop what was learnt for these members: it misled."""
-        self._points[:, which] = 0.0
-        self._misfits[:, which] = 0.0
-        self._valid = self._valid & ~which
-        self.ready = self.ready & ~which
+        place = torch.where(kept[:, None], search(plane) if accelerate else plain, 0.0)
+        residual_sq, new_value = plane.at(place)
+        last_slope, last_curvature = plane.shift(place)
+        along, again = place.to(theta.dtype)[:, :, None, None].unbind(1)
+        last = along * step + again * last
+        theta = theta + last
+        value = torch.minimum(new_value, value)
+        trace.append(value)
+        stalled = torch.where(gap < smallest, 0, stalled + 1)
+        smallest = torch.minimum(gap, smallest)
+        exhausted = exhausted | (active & (stalled >= _STALLED_STEPS) & (smallest < eps**0.5))
+        settled = (gap <= goal) & (problem.exact or inner_rtol <= rtol)
+        active = active & kept & ~settled & ~exhausted
+    return Mode(theta, residual_sq, trace, steps, gap, ok, exhausted)

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["OneSided", "inner"]
+__all__ = ["OneSided", "dot", "inner"]
 
 # Up to this many rows the factorisation runs in float64 whatever the deltas are in: it is a few percent of a step.
 _FLOAT64_ROWS = 1024
@@ -14,6 +14,11 @@ def inner(many: Float[Tensor, "batch expert i j"], one: Float[Tensor, "batch i j
     """⟨X_i, Y⟩ for every expert, each row in the tensors' own dtype and the sum over rows in float64."""
     rows = many.transpose(1, 2) @ one.unsqueeze(-1)
     return rows.squeeze(-1).double().sum(1)
+
+
+def dot(a: Float[Tensor, "batch i j"], b: Float[Tensor, "batch i j"]) -> Float[Tensor, " batch"]:
+    """⟨X, Y⟩, each row in the tensors' own dtype and the sum over rows in float64."""
+    return (a * b).sum(-1).double().sum(-1)
 
 
 class OneSided:
@@ -100,6 +105,17 @@ class OneSided:
         step = theta - self.reference
         linear, quadratic = inner(self.slopes, step), inner(self.grams, step @ step.mT)
         return (self.reference_residual_sq + 2 * linear + quadratic).clamp_min(0)
+
+    def expand(
+        self,
+        theta: Float[Tensor, "batch out in"],
+        step: Float[Tensor, "batch out in"],
+        last: Float[Tensor, "batch out in"],
+    ) -> tuple[Float[Tensor, "batch expert"], Float[Tensor, "batch expert"], Float[Tensor, "batch expert"]]:
+        """Half the slope of r_i² at Θ along `step`, and the curvatures ⟨step, step⟩ and ⟨step, last⟩ of its form."""
+        across = torch.cat([theta - self.reference, step, last], 1) @ step.mT
+        offset, own, other = (inner(self.grams, block) for block in across.chunk(3, dim=1))
+        return inner(self.slopes, step) + offset, own, other
 
     def enter(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch out in"]:
         """Into the coordinates that the problem is solved in: the given ones."""

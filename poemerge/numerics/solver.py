@@ -11,8 +11,8 @@ from torch import Tensor
 
 from poemerge.errors import BadInputError, NumericsError, Problem
 from poemerge.numerics import solution as ended
-from poemerge.numerics.experts import Expert, Family
-from poemerge.numerics.majorise import Mode, find_mode
+from poemerge.numerics.experts import Energy, Expert, Family
+from poemerge.numerics.majorise import Mode, find_mode, settled_gap
 from poemerge.numerics.one_sided import OneSided
 from poemerge.numerics.posterior import Posterior, Side
 from poemerge.numerics.precision import full_precision, working_dtype
@@ -63,7 +63,8 @@ def solve(
       Σ w_i G_i (of its Kronecker form for both sides) at the weights the start gives, fixed from there on.
     - `init`: "gaussian" starts from the solution for w_i = 1, "mean" from the plain mean, a tensor from itself (dense
       deltas only). The energy is not convex, so the start matters.
-    - `max_steps`: linear solves after the start, at most. `rtol`: stop when no weight changes by more, relatively.
+    - `max_steps`: linear solves after the start, at most. `rtol`: relative precision of theta to stop at, judged by the
+      weights' last change.
     - `row_blocks`: "square" solves each block of `in` rows of a taller matrix as a matrix of its own (the released
       code's setting); theta, and each row of weights, are then of the blocks.
     - `accelerate`: Anderson acceleration; False for plain majorise–minimise.
@@ -350,14 +351,11 @@ def _solve_once(
     residual_sq = problem.recentre(theta, problem.residual_sq(theta))
 
     scale_sq = _scale_sq(settings, problem, deltas, unit, residual_sq, present, scales)
-    weights = torch.where(present, expert.weight(residual_sq, scale_sq), 0.0)
-    prior = prior_at(weights)
+    prior = prior_at(torch.where(present, expert.weight(residual_sq, scale_sq), 0.0))
+    energy = Energy(expert, scale_sq, prior, present)
     mode = find_mode(
         problem,
-        expert,
-        scale_sq=scale_sq,
-        prior=prior,
-        present=present,
+        energy,
         theta=theta,
         residual_sq=residual_sq,
         max_steps=1 if expert.quadratic else settings.max_steps,
@@ -368,8 +366,7 @@ def _solve_once(
     if settings.side == "input":
         theta = theta.mT
     theta = (theta.double() * unit[:, None, None]).to(given.dtype)
-    weights = torch.where(present, expert.weight(mode.residual_sq, scale_sq), 0.0)
-    weights = weights / unit.unsqueeze(-1) ** (2 * degree)
+    weights = energy.weights(mode.residual_sq) / unit.unsqueeze(-1) ** (2 * degree)
     prior = prior / unit.square()
     ok = ok & mode.ok & theta.isfinite().all(-1).all(-1)
     return [
@@ -419,7 +416,7 @@ def _outcome(index: int, ok: bool, present: bool, mode: Mode, expert: Expert, se
         return ended.FAILED
     if expert.quadratic:
         return ended.CLOSED_FORM
-    if bool(mode.gap[index] <= settings.rtol):
+    if bool(mode.gap[index] <= settled_gap(mode.theta.dtype, settings.rtol)):
         return ended.CONVERGED
     return ended.ROUNDING if bool(mode.exhausted[index]) else ended.STEP_LIMIT
 
@@ -436,7 +433,7 @@ def _member(
 ) -> Solution:
     steps = int(mode.steps[index])
     own, mean_weights = theta[index], weights[index]
-    energy = mode.energy[: steps + 1, index]
+    energy = torch.stack(mode.trace[: steps + 1])[:, index]
     if outcome is ended.EMPTY:
         own, steps, energy = torch.zeros_like(own), 0, energy[:1]
     elif not outcome.ok:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from poemerge.numerics.one_sided import inner
+from poemerge.numerics.one_sided import dot, inner
 
 __all__ = ["TwoSided"]
 
@@ -115,19 +115,19 @@ class TwoSided:
         step = torch.zeros_like(right) if start is None else start
         misfit = right if start is None else right - self._operate(weights, shrink, step)
         direction = precondition * misfit
-        power = _dot(misfit, direction)
-        goal = max(rtol, 4 * torch.finfo(dtype).eps) ** 2 * _dot(right, precondition * right)
+        power = dot(misfit, direction)
+        goal = max(rtol, 4 * torch.finfo(dtype).eps) ** 2 * dot(right, precondition * right)
         for _ in range(_MAX_CONJUGATE_STEPS):
             active = power > goal
             if not bool(active.any()):
                 break
             image = self._operate(weights, shrink, direction)
-            curvature = _dot(direction, image)
+            curvature = dot(direction, image)
             length = torch.where(active & (curvature > 0), power / curvature, 0.0).to(dtype)[:, None, None]
             step = step + length * direction
             misfit = misfit - length * image
             conditioned = precondition * misfit
-            previous, power = power, _dot(misfit, conditioned)
+            previous, power = power, dot(misfit, conditioned)
             ratio = torch.where(previous > 0, power / previous, 0.0).to(dtype)[:, None, None]
             direction = conditioned + ratio * direction
         return step
@@ -137,6 +137,17 @@ class TwoSided:
         step = theta - self.reference
         linear, quadratic = inner(self.slopes, step), inner(self._each(step.unsqueeze(1)), step)
         return (self.reference_residual_sq + 2 * linear + quadratic).clamp_min(0)
+
+    def expand(
+        self,
+        theta: Float[Tensor, "batch out in"],
+        step: Float[Tensor, "batch out in"],
+        last: Float[Tensor, "batch out in"],
+    ) -> tuple[Float[Tensor, "batch expert"], Float[Tensor, "batch expert"], Float[Tensor, "batch expert"]]:
+        """Half the slope of r_i² at Θ along `step`, and the curvatures ⟨step, step⟩ and ⟨step, last⟩ of its form."""
+        images = self._each(step.unsqueeze(1))
+        slope = inner(self.slopes, step) + inner(images, theta - self.reference)
+        return slope, inner(images, step), inner(images, last)
 
     def enter(self, theta: Float[Tensor, "batch *expert out in"]) -> Float[Tensor, "batch *expert out in"]:
         """Into the joint eigenbases."""
@@ -151,7 +162,3 @@ class TwoSided:
         """Back to the coordinates of the deltas."""
         given: Tensor = self.left_basis @ theta @ self.right_basis.mT
         return given
-
-
-def _dot(a: Float[Tensor, "batch out in"], b: Float[Tensor, "batch out in"]) -> Float[Tensor, " batch"]:
-    return (a * b).sum(-1).double().sum(-1)
