@@ -16,7 +16,7 @@ from poemerge.errors import ServerError
 from poemerge.lifeline import Child
 from poemerge.project import Project
 
-__all__ = ["embedded_prefect", "mlflow_server", "prefect_server", "publish", "published", "use_prefect"]
+__all__ = ["answers", "embedded_prefect", "mlflow_server", "prefect_server", "publish", "published", "use_prefect"]
 
 START_SECONDS = 120.0
 """A first start creates the database; on a busy machine that takes a while."""
@@ -61,12 +61,15 @@ def _prefect_environment(project: Project) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def prefect_server(project: Project, *, schedules: bool, port: int | None = None) -> Iterator[str]:
+def prefect_server(
+    project: Project, *, schedules: bool, port: int | None = None, usual_port: int | None = None
+) -> Iterator[str]:
     """A Prefect server on the project's SQLite file, ended with this block; yields the URL of its API.
 
-    Arguments: `schedules`, whether it also starts runs by schedule and by trigger; `port` (default: a free one).
+    Arguments: `schedules`, whether it also starts runs by schedule and by trigger; `port` (default: `usual_port` where
+    it is free, else any free one).
     """
-    port = port or _free_port()
+    port = port or _free_port(usual_port)
     url = f"http://127.0.0.1:{port}/api"
     project.prefect_home.mkdir(parents=True, exist_ok=True)
     services = ("SCHEDULER", "LATE_RUNS", "TRIGGERS")
@@ -80,14 +83,17 @@ def prefect_server(project: Project, *, schedules: bool, port: int | None = None
         **{f"PREFECT_SERVER_SERVICES_{name}_ENABLED": str(schedules).lower() for name in services},
     }
     arguments = ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with _server(project, "prefect", arguments, env, lambda: _answers(f"{url}/health")):
+    with _server(project, "prefect", arguments, env, lambda: answers(f"{url}/health")):
         yield url
 
 
 @contextlib.contextmanager
-def mlflow_server(project: Project, port: int | None = None) -> Iterator[str]:
-    """An MLflow server on the project's SQLite file and artifacts, ended with this block; yields its URL."""
-    port = port or _free_port()
+def mlflow_server(project: Project, *, port: int | None = None, usual_port: int | None = None) -> Iterator[str]:
+    """An MLflow server on the project's SQLite file and artifacts, ended with this block; yields its URL.
+
+    Arguments: `port` (default: `usual_port` where it is free, else any free one).
+    """
+    port = port or _free_port(usual_port)
     project.mlflow_artifacts.mkdir(parents=True, exist_ok=True)
     arguments = [
         "server",
@@ -97,7 +103,7 @@ def mlflow_server(project: Project, port: int | None = None) -> Iterator[str]:
     ]
     env = {**os.environ, "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
     url = f"http://127.0.0.1:{port}"
-    with _server(project, "mlflow", arguments, env, lambda: _answers(f"{url}/health")):
+    with _server(project, "mlflow", arguments, env, lambda: answers(f"{url}/health")):
         yield url
 
 
@@ -107,7 +113,7 @@ def published(project: Project) -> dict[str, str]:
         urls: dict[str, str] = json.loads(_published_file(project).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return {name: url for name, url in urls.items() if _answers(f"{url}/health", seconds=2.0)}
+    return {name: url for name, url in urls.items() if answers(f"{url}/health", seconds=2.0)}
 
 
 @contextlib.contextmanager
@@ -130,13 +136,13 @@ def _published_file(project: Project) -> Path:
 
 @contextlib.contextmanager
 def _server(
-    project: Project, name: str, arguments: list[str], env: Mapping[str, str], answers: Callable[[], bool]
+    project: Project, name: str, arguments: list[str], env: Mapping[str, str], healthy: Callable[[], bool]
 ) -> Iterator[None]:
     log = project.state / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output, Child(name, arguments, cwd=project.root, env=env, output=output) as child:
         deadline = time.monotonic() + START_SECONDS
-        while not answers():
+        while not healthy():
             if child.poll() is not None or time.monotonic() > deadline:
                 raise ServerError(_no_start(name, log, child.poll()))
             time.sleep(0.1)
@@ -153,14 +159,15 @@ def _no_start(name: str, log: Path, status: int | None) -> str:
 
 
 def _check(url: str) -> None:
-    if not _answers(f"{url.rstrip('/')}/health", seconds=10.0):
+    if not answers(f"{url.rstrip('/')}/health", seconds=10.0):
         raise ServerError(
             f"No Prefect server answers.\n  got:      nothing from PREFECT_API_URL={url}\n"
             "  expected: a running Prefect server\n  next:     start it, or unset PREFECT_API_URL to use one of our own"
         )
 
 
-def _answers(url: str, seconds: float = 1.0) -> bool:
+def answers(url: str, seconds: float = 1.0) -> bool:
+    """Whether a server answers a GET of `url` within `seconds`."""
     try:
         with urllib.request.urlopen(url, timeout=seconds) as response:  # noqa: S310 - http(s) URLs of our servers
             return bool(response.status == 200)
@@ -171,8 +178,13 @@ def _answers(url: str, seconds: float = 1.0) -> bool:
         return False
 
 
-def _free_port() -> int:
+def _free_port(usual: int | None = None) -> int:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        # A port that a server of ours has just left counts as free, for the next one to have the same address.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", usual or 0))
+        except OSError:
+            listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
     return port
