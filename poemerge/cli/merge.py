@@ -1,0 +1,276 @@
+"""`poemerge merge`: a one-off merge of local checkpoints, without the pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from poemerge.checkpoints import ExpertSet
+    from poemerge.merging import MergeResult, Plan, Selection
+    from poemerge.params import Family, MergeParams
+
+EXAMPLE = """\
+example:
+  $ poemerge merge --base base --expert sums=sums --expert prose=prose-lora --out merged
+  merged: 2 experts by poe (cauchy) in 1.0 s
+    13 parameters merged, 26 averaged, 0 left at the base; private: prose 1, sums 1
+    digest a163c46d6adc
+  $ poemerge merge --base base --expert sums=sums --expert prose=prose-lora --out merged --dry-run
+  …prints what would be done with every parameter, the bytes, the memory and the time, and does nothing
+
+A merge that was interrupted goes on where it stopped when the same command is given again.
+Weights are safetensors; pickles are refused. Exit status: 0 done, 1 the work failed, 2 bad usage or bad input.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `poemerge merge`."""
+    from poemerge.params import Family, Method, Side
+
+    parser = subparsers.add_parser(
+        "merge",
+        help="merge local checkpoints, without the pipeline",
+        description="Merge fine-tuned models and LoRA adapters of one base into a Hugging Face folder.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--base", required=True, type=Path, metavar="DIR", help="the model that all experts came from")
+    parser.add_argument(
+        "--expert",
+        required=True,
+        action="append",
+        metavar="NAME=DIR",
+        help="a fine-tuned model or a PEFT LoRA adapter; give one or more",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder that the merge becomes")
+    parser.add_argument("--method", choices=get_args(Method), help="default: poe")
+    parser.add_argument("--expert-family", choices=get_args(Family), help="of method poe; default: cauchy")
+    parser.add_argument("--tail-index", type=float, help="degrees of freedom, for --expert-family student_t")
+    parser.add_argument("--side", choices=get_args(Side), help="side of the residual, for method poe")
+    parser.add_argument("--scale", choices=("task-norm", "gram-norm", "fitted"), help="scale of an expert's energy")
+    parser.add_argument("--scale-factor", type=float)
+    parser.add_argument("--prior", choices=("relative", "absolute"))
+    parser.add_argument("--prior-precision", type=float)
+    parser.add_argument("--coefficient", type=float, help="merged weight = base + coefficient · merged delta")
+    parser.add_argument("--include", action="append", metavar="GLOB", help="parameters to merge; default: all")
+    parser.add_argument("--exclude", action="append", metavar="GLOB", help="parameters that stay at the base")
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="GLOB:KEY=VALUE",
+        help="another setting for some parameters, for instance '*embed*:method=task_arithmetic'",
+    )
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:1; default: auto")
+    parser.add_argument(
+        "--dtype", choices=("base", "float32", "float16", "bfloat16"), help="of the result; default: base"
+    )
+    parser.add_argument("--max-memory", metavar="BYTES", help="for tensors at work, for instance 8GB; default: 4GB")
+    parser.add_argument("--max-shard-size", metavar="BYTES", help="of one file of the result; default: 5GB")
+    parser.add_argument("--engine", choices=("local", "dask"))
+    parser.add_argument("--dask-address", metavar="HOST:PORT", help="the scheduler, for --engine dask")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--digests", action="store_true", help="hash the inputs too, for merge.json")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    parser.add_argument("--json", action="store_true", help="print the plan or the outcome as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, plan, and merge unless it is a dry run."""
+    params, selection = _params(args), _selection(args)
+    experts = _experts(args.expert)
+    from poemerge.merging import merge, prepare
+    from poemerge.merging.staging import check_output
+
+    check_output(args.out)
+    if args.dry_run:
+        _, checkpoints, plan = prepare(args.base, experts, params, selection)
+        try:
+            _show_plan(args, checkpoints, plan)
+        finally:
+            checkpoints.close()
+        return 0
+    started = time.monotonic()
+    with _progress() as told:
+        result = merge(args.base, experts, args.out, params, selection, digests=args.digests, progress=told)
+    _show_result(args, result, time.monotonic() - started)
+    return 0
+
+
+def _experts(given: list[str]) -> dict[str, Path]:
+    """Folders by expert name; raises ParamsError for what is no NAME=DIR, and for a name given twice."""
+    from poemerge.errors import ParamsError, Problem
+
+    found: dict[str, Path] = {}
+    problems = []
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            expected = "NAME=DIR, the name of letters, digits, dots, dashes and underscores"
+            problems.append(Problem("--expert", repr(text), expected, "for instance --expert maths=runs/maths"))
+        elif name in found:
+            problems.append(Problem("--expert", f"{name} twice", "each name once", "rename one of them", expert=name))
+        else:
+            found[name] = Path(folder)
+    if problems:
+        raise ParamsError(problems)
+    return found
+
+
+def _params(args: argparse.Namespace) -> MergeParams:
+    """The flags as merge params; raises ParamsError with everything wrong."""
+    from pydantic import ValidationError
+
+    from poemerge.errors import ParamsError, Problem
+    from poemerge.params import MergeParams
+
+    given: dict[str, Any] = {
+        key: value
+        for key in MergeParams.model_fields
+        if key not in {"overrides"} and (value := getattr(args, key, None)) is not None
+    }
+    overrides: dict[str, dict[str, str]] = {}
+    problems = []
+    for text in args.override:
+        match = re.fullmatch(r"(.+):([a-z_]+)=(.+)", text)
+        if match is None:
+            expected = "GLOB:KEY=VALUE"
+            problems.append(Problem("--override", repr(text), expected, "for instance '*embed*:method=mean'"))
+        else:
+            overrides.setdefault(match[1], {})[match[2]] = match[3]
+    try:
+        params = MergeParams(**given, overrides=overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        for detail in error.errors():
+            flag = "--" + str(detail["loc"][0]).replace("_", "-") if detail["loc"] else "the flags"
+            rest = ".".join(str(step) for step in detail["loc"][1:])
+            got = repr(detail["input"]) if detail["type"] != "extra_forbidden" else f"unknown key {detail['loc'][-1]!r}"
+            problems.append(Problem(f"{flag} {rest}".strip(), got, detail["msg"], "see poemerge merge --help"))
+    if problems:
+        raise ParamsError(problems)
+    return params
+
+
+def _selection(args: argparse.Namespace) -> Selection:
+    from poemerge.errors import ParamsError, Problem
+    from poemerge.merging import FamilyChoice, Selection
+
+    family: Family = args.expert_family or ("student_t" if args.tail_index is not None else "cauchy")
+    if (family == "student_t") != (args.tail_index is not None):
+        got = f"--expert-family {family}, --tail-index {args.tail_index}"
+        raise ParamsError(
+            Problem("--tail-index", got, "a tail index with student_t, and with it alone", "add or drop it")
+        )
+    if args.tail_index is not None and not args.tail_index > 0:
+        raise ParamsError(Problem("--tail-index", str(args.tail_index), "a number above 0", "1 is Cauchy, try 3"))
+    return Selection(FamilyChoice(family, args.tail_index))
+
+
+class _progress:  # noqa: N801 - used as a function
+    """A progress bar on a terminal, a line every ten seconds elsewhere; both on stderr."""
+
+    def __enter__(self) -> Any:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        console = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+        last = time.monotonic()
+        if console.is_terminal:
+            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("[dim]{task.description}"), console=console, transient=True)
+            self._bar.start()
+            task = self._bar.add_task("", total=None)
+
+        def told(done: int, total: int, name: str) -> None:
+            nonlocal last
+            if self._bar is not None:
+                self._bar.update(task, completed=done, total=total, description=name)
+            elif time.monotonic() - last >= 10:
+                last = time.monotonic()
+                console.print(f"{done / 1e6:.0f} of {total / 1e6:.0f} MB written ({name})", soft_wrap=True)
+
+        return told
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _show_result(args: argparse.Namespace, result: MergeResult, seconds: float) -> None:
+    import json
+
+    record = result.record
+    if args.json:
+        print(json.dumps({"out": str(result.out), "seconds": round(seconds, 3), **record}, indent=1))
+        return
+    rules = record["rules"]
+    selection = record["selection"]
+    family = f" ({selection['model']['family']})" if selection else ""
+    print(f"{args.out}: {len(record['experts'])} experts by {record['method']}{family} in {seconds:.1f} s")
+    private = ", ".join(f"{name} {len(names)}" for name, names in rules["private"].items() if names) or "none"
+    counts = f"{len(rules['merged'])} parameters merged, {len(rules['averaged'])} averaged"
+    print(f"  {counts}, {len(rules['left_at_base'])} left at the base; private: {private}")
+    if result.resumed_shards:
+        print(f"  {result.resumed_shards} finished shards of an earlier run were kept")
+    for name, one in record["experts"].items():
+        if one["lacks"]:
+            print(f"  {name} lacks {len(one['lacks'])} of the base's parameters ({', '.join(one['lacks'][:3])} …)")
+    print(f"  digest {record['digest'][:12]}")
+
+
+def _show_plan(args: argparse.Namespace, checkpoints: ExpertSet, plan: Plan) -> None:
+    import json
+
+    from poemerge.merging.estimate import estimate
+
+    cost = estimate(checkpoints, plan)
+    rules = {action: plan.names(action) for action in ("merged", "averaged", "left_at_base")}
+    document = {
+        "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in plan.shards],
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "peak_memory": cost.peak_memory,
+        "seconds": cost.seconds,
+        "rates": cost.rates,
+        "rules": {**rules, "private": {name: list(names) for name, names in plan.private.items()}},
+    }
+    if args.json:
+        print(json.dumps(document, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for column in ("parameters", "becomes", "method", "experts", "example"):
+        table.add_column(column, justify="right" if column == "parameters" else "left", overflow="fold")
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for one in plan.parameters:
+        method = one.settings.method if one.settings is not None else one.why
+        who = f"{len(one.experts)}{' factored' if one.factored else ''}"
+        groups.setdefault((one.action.replace("_", " "), method, who), []).append(one.name)
+    for (action, method, who), names in groups.items():
+        table.add_row(str(len(names)), action, method, who, names[0])
+    for name, own in plan.private.items():
+        if own:
+            table.add_row(str(len(own)), f"private to {name}", "", "1", own[0])
+    console = Console(highlight=False)
+    console.width = max(console.width, 120) if not console.is_terminal else console.width
+    console.print(table)
+    console.print(
+        f"reads {plan.bytes_read / 1e9:.2f} GB, writes {plan.bytes_written / 1e9:.2f} GB in {len(plan.shards)} files; "
+        f"peak memory about {cost.peak_memory / 1e9:.2f} GB; about {cost.seconds:.0f} s on this machine",
+        soft_wrap=True,
+    )
