@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,42 @@ CHECKOUT = Path(__file__).parents[1]
 CODE = ("poemerge", "tasks", "flows", "dvc.yaml", "prefect.yaml", ".dvcignore", ".gitignore")
 
 
+PARAMS: dict[str, Any] = {
+    "base": {"source": "models/base"},
+    "experts": {name: {"source": f"models/{name}"} for name in ("apples", "pears", "plums")},
+    "fetch": {},
+    "tail": {"entries_per_matrix": 1000},
+    "expert": {"family": "cauchy"},
+    "merge": {"device": "cpu", "max_steps": 5},
+    "evaluate": {
+        "suites": {name: {"data": f"suites/{name}"} for name in ("apples", "pears", "plums")},
+        "baselines": ["mean"],
+        "device": "cpu",
+        "bootstrap_samples": 100,
+    },
+    "register": {"model": "tiny"},
+    "schedule": {"cron": None, "watch": {"interval_seconds": 3, "settle_seconds": 2}},
+}
+
+
 def make_project(root: Path) -> Project:
     """A project at `root` with a base, two full experts and a LoRA one, and a suite of each, all in local folders."""
-    root.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(_template(), root, symlinks=True)
+    return Project(root.resolve())
+
+
+@functools.cache
+def _template() -> Path:
+    """The project that all are copies of, made once in a session."""
+    folder = tempfile.mkdtemp(prefix="poemerge-project-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    root = Path(folder) / "project"
+    root.mkdir()
     for name in CODE:
         source = CHECKOUT / name
         if source.is_dir():
             shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():
+        else:
             shutil.copy(source, root / name)
     models = root / "models"
     base = make_base(models / "base")
@@ -34,33 +65,16 @@ def make_project(root: Path) -> Project:
     make_lora_expert(base, models / "plums", seed=3)
     for seed, name in enumerate(("apples", "pears", "plums")):
         make_suite(root / "suites" / name, seed=seed)
-    write_params(
-        root,
-        {
-            "base": {"source": "models/base"},
-            "experts": {name: {"source": f"models/{name}"} for name in ("apples", "pears", "plums")},
-            "fetch": {},
-            "expert": {},
-            "tail": {"entries_per_matrix": 1000},
-            "merge": {"device": "cpu", "max_steps": 5},
-            "evaluate": {
-                "suites": {name: {"data": f"suites/{name}"} for name in ("apples", "pears", "plums")},
-                "baselines": ["mean"],
-                "device": "cpu",
-                "bootstrap_samples": 100,
-            },
-            "register": {"model": "tiny"},
-            "schedule": {"watch": {"interval_seconds": 2, "settle_seconds": 2}},
-        },
-    )
-    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-        subprocess.run(command, cwd=root, check=True, capture_output=True)
+    write_params(root, PARAMS)
+    as_somebody = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
     for command in (
+        ["git", "init", "-q"],
+        [sys.executable, "-m", "dvc", "init", "-q"],
         ["git", "add", "-A"],
-        ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "."],
+        ["git", *as_somebody, "commit", "-qm", "A project"],
     ):
         subprocess.run(command, cwd=root, check=True, capture_output=True)
-    return Project(root.resolve())
+    return root
 
 
 def read_params(root: Path) -> dict[str, Any]:
