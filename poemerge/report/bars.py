@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poemerge.report.style import GREY, OTHERS, OURS, figure, svg_of
+from poemerge.report.style import GREY, OTHERS, OURS, figure, method_name, svg_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def _rows(evaluation: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, lis
         row = {"base": (mean["base_normalised"], None)} if mean["base_normalised"] else {}
         for who, figures in mean["baselines"].items():
             row[who] = (figures["normalised"], figures["normalised_interval"])
-        rows["mean"] = {**row, "merged": (mean["normalised"], mean["normalised_interval"])}
+        rows["all tasks"] = {**row, "merged": (mean["normalised"], mean["normalised_interval"])}
     return rows
 
 
@@ -61,19 +61,27 @@ def _draw(evaluation: Mapping[str, Any]) -> Figure:
     colours = {"base": GREY, "merged": OURS}
     colours |= dict(zip([name for name in methods if name not in colours], OTHERS * 3, strict=False))
     thick = 0.8 / max(len(methods), 1)
-    with figure(8.6, 0.9 + len(rows) * max(0.36, 0.13 * len(methods))) as (drawn, axes):
+    with figure(8.6, 0.9 + len(rows) * max(0.4, 0.15 * len(methods))) as (drawn, axes):
         for place, method in enumerate(methods):
             heights = [row + place * thick - 0.4 + thick / 2 for row in range(len(rows))]
             found = [row.get(method) for row in rows.values()]
             values = [100 * one[0] if one else 0.0 for one in found]
-            axes.barh(heights, values, height=thick * 0.92, color=colours[method], label=method)
+            axes.barh(heights, values, height=thick * 0.92, color=colours[method], label=method_name(method))
             for height, one in zip(heights, found, strict=True):
                 if one and one[1]:
                     low, high = (100 * end for end in one[1])
                     axes.plot([low, high], [height, height], color="#000000", linewidth=1.1, solid_capstyle="butt")
             for height, value in zip(heights, values, strict=True):
                 if method == "merged" and value:
-                    axes.text(1.0, height, f"{value:.1f}", color="white", va="center", fontsize=8, fontweight="bold")
+                    axes.text(
+                        1.0,
+                        height,
+                        f"{value:.1f}",
+                        color="white",
+                        va="center_baseline",
+                        fontsize=7.5,
+                        fontweight="bold",
+                    )
         axes.axvline(100, color="#000000", linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()

@@ -11,12 +11,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["GREY", "OTHERS", "OURS", "figure", "svg_of"]
+__all__ = ["GREY", "OTHERS", "OURS", "figure", "method_name", "svg_of"]
 
 OURS = "#0072b2"
 """Ours is always this blue; Okabe and Ito's palette, https://jfly.uni-koeln.de/color/."""
 OTHERS = ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f7f7f", "#8c6bb1")
 GREY = "#8a8f98"
+
+_METHODS = {
+    "poe": "product of experts",
+    "mean": "mean",
+    "task_arithmetic": "task arithmetic",
+    "ties": "TIES",
+    "dare_ties": "DARE-TIES",
+    "tsv_m": "TSV-M",
+    "iso_c": "Iso-C",
+    "wudi": "WUDI",
+    "karcher": "Karcher mean",
+}
+
+
+def method_name(method: str) -> str:
+    """How people write the name of a method of params.yaml."""
+    return _METHODS.get(method, method)
+
 
 _SETTINGS: dict[str, Any] = {
     "font.family": "sans-serif",
