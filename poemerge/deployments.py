@@ -13,8 +13,11 @@ from poemerge.project import Project
 __all__ = ["scheduled", "write_deployments"]
 
 
-def scheduled(deployments: dict[str, Any], schedule: ScheduleParams) -> dict[str, Any]:
-    """The content of prefect.yaml with `schedule` in the place of the times that stand there."""
+def scheduled(deployments: dict[str, Any], schedule: ScheduleParams, *, watched: bool = False) -> dict[str, Any]:
+    """The content of prefect.yaml with `schedule` in the place of the times that stand there.
+
+    With `watched` the schedule of `watch` is installed asleep, because somebody else looks at the sources.
+    """
     settle = schedule.watch.settle_seconds
     changed = []
     for deployment in deployments["deployments"]:
@@ -27,7 +30,8 @@ def scheduled(deployments: dict[str, Any], schedule: ScheduleParams) -> dict[str
             ]
             one["triggers"] = [_settling(trigger, settle) for trigger in one["triggers"]]
         elif one["name"] == "watch":
-            one["schedules"] = [poll | {"interval": schedule.watch.interval_seconds} for poll in one["schedules"]]
+            every = {"interval": schedule.watch.interval_seconds, **({"active": False} if watched else {})}
+            one["schedules"] = [poll | every for poll in one["schedules"]]
         changed.append(one)
     return deployments | {"deployments": changed}
 
@@ -37,10 +41,10 @@ def _settling(trigger: dict[str, Any], settle: int) -> dict[str, Any]:
     return trigger | {"within": settle, "parameters": {"request": request}}
 
 
-def write_deployments(project: Project, schedule: ScheduleParams) -> Path:
-    """Write what `prefect deploy` is to install for this project; returns the file."""
+def write_deployments(project: Project, schedule: ScheduleParams, *, watched: bool) -> Path:
+    """Write what `prefect deploy` is to install for this project, as `scheduled` says; returns the file."""
     content = yaml.safe_load((project.root / "prefect.yaml").read_text(encoding="utf-8"))
     path = project.state / "prefect.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(scheduled(content, schedule), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(scheduled(content, schedule, watched=watched), sort_keys=False), encoding="utf-8")
     return path

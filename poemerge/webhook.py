@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -75,12 +75,11 @@ def authentic(headers: Mapping[str, str], body: bytes, secret: bytes, now: float
 
 
 @contextmanager
-def webhook(host: str, port: int, secret: bytes, look: Callable[[], object]) -> Iterator[int]:
-    """Serve POST /landed while the block runs; yields the port. `look` is called once for all requests that wait.
+def webhook(host: str, port: int, secret: bytes, asked: threading.Event) -> Iterator[int]:
+    """Serve POST /landed while the block runs; yields the port. A signed request sets `asked`: look at the sources now.
 
     Answers 202 to a signed request, 401 to any other, 413 to a body above 1 MB, 404 elsewhere.
     """
-    asked, ended = threading.Event(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 10  # a sender that says nothing holds a thread no longer
@@ -114,25 +113,11 @@ def webhook(host: str, port: int, secret: bytes, look: Callable[[], object]) -> 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
             log.info("webhook: " + format, *args)
 
-    def work() -> None:
-        while not ended.is_set():
-            if asked.wait(0.5):
-                asked.clear()
-                try:
-                    look()
-                except Exception as error:
-                    # The endpoint outlives a source that is down; the next look tells what landed meanwhile.
-                    log.warning("looking at the sources failed: %s", error)
-
     server = ThreadingHTTPServer((host, port), Handler)
     server.daemon_threads = True
-    threads = [threading.Thread(target=target, daemon=True) for target in (server.serve_forever, work)]
-    for thread in threads:
-        thread.start()
+    threading.Thread(target=server.serve_forever, name="webhook", daemon=True).start()
     try:
         yield server.server_address[1]
     finally:
-        ended.set()
         server.shutdown()
         server.server_close()
-        threads[1].join(timeout=10)

@@ -105,4 +105,6 @@ def test_the_trigger_waits_for_the_event_that_watch_emits_and_settles_as_params_
     assert trigger["parameters"]["request"]["settle_seconds"] == 11
     assert by_name["remerge"]["schedules"] == []
     assert by_name["watch"]["schedules"][0]["interval"] == 7
+    asleep = {d["name"]: d for d in scheduled(DEPLOYMENTS, params, watched=True)["deployments"]}
+    assert [schedule["active"] for schedule in asleep["watch"]["schedules"]] == [False]
     assert by_name["remerge"]["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}

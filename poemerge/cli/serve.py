@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    import threading
+
     from poemerge.project import Project
 
 __all__ = ["add_parser", "run"]
@@ -20,13 +22,15 @@ worker, the deployments of prefect.yaml with the schedule of params.yaml, and th
 
 $ poemerge serve
 Prefect:     http://127.0.0.1:4200
-Deployments: remerge (nightly 0 3 * * *, and 30 s after a landing), watch (each 60 s), promote, remind, sweep
+Deployments: remerge (by cron 0 3 * * *, and 30 s after a landing), watch, promote, remind
+Sources:     looked at each 60 s
 Worker:      at work
 
 With POEMERGE_WEBHOOK_SECRET (or POEMERGE_WEBHOOK_SECRET_FILE) set, --webhook opens an endpoint for a hub, an MLflow
 registry or a CI: a signed POST /landed makes it look at the sources at once. docs/scheduling.md shows each of them.
 
 --install puts work pool, deployments and automation on the server and ends: for a team whose workers run elsewhere.
+There the deployment `watch` looks at the sources.
 """
 
 
@@ -50,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Start, install, supervise until Ctrl-C. Raises ServerError when our own Prefect server ends by itself."""
     import contextlib
     import os
+    import threading
 
     from poemerge.cli.flows import ended_by_sigterm, load
     from poemerge.deployments import write_deployments
@@ -75,57 +80,86 @@ def run(args: argparse.Namespace) -> int:
         print(f"Prefect:     {url.removesuffix('/api')}", flush=True)
         server = load(project, "flows.server")
         server.install()
-        names = server.deploy(project, write_deployments(project, params.schedule))
+        # Here this process looks at the sources: a flow run for each look would cost seconds of CPU and a row each.
+        names = server.deploy(project, write_deployments(project, params.schedule, watched=not args.install))
         watch, cron = params.schedule.watch, params.schedule.cron
-        told = {
-            "remerge": f"remerge ({f'by cron {cron}, and ' if cron else ''}{watch.settle_seconds} s after a landing)",
-            "watch": f"watch (each {watch.interval_seconds} s)",
-        }
-        print(f"Deployments: {', '.join(told.get(name, name) for name in names)}", flush=True)
+        told = f"remerge ({f'by cron {cron}, and ' if cron else ''}{watch.settle_seconds} s after a landing)"
+        print(f"Deployments: {', '.join(told if name == 'remerge' else name for name in names)}", flush=True)
         if args.install:
             return 0
+        asked = threading.Event()
         if address is not None and secret is not None:
-            flow = load(project, "flows.watch")
-            port = stack.enter_context(webhook(*address, secret, lambda: flow.tell(project, flow.landed(project))))
+            port = stack.enter_context(webhook(*address, secret, asked))
             print(f"Webhook:     http://{address[0]}:{port}/landed", flush=True)
-        _keep_a_worker(project, url, own=configured is None, pool=server.POOL, heartbeat=server.HEARTBEAT_SECONDS)
+        print(f"Sources:     looked at each {watch.interval_seconds} s", flush=True)
+        worker = stack.enter_context(_Worker(project, server.POOL, server.HEARTBEAT_SECONDS))
+        print("Worker:      at work", flush=True)
+        _supervise(project, worker, asked, watch.interval_seconds, server=None if configured else url)
     return 0
 
 
-def _keep_a_worker(project: Project, url: str, *, own: bool, pool: str, heartbeat: int) -> None:
-    """A worker, and a new one when it dies; with its group end the runs that it had begun."""
-    import os
+class _Worker:
+    """A Prefect worker, and a new one when it dies; with its group end the runs that it had begun."""
 
+    def __init__(self, project: Project, pool: str, heartbeat: int) -> None:
+        import os
+
+        self._project = project
+        self._arguments = ["worker", "start", "--pool", pool, "--type", "process", "--limit", "4"]
+        self._env = os.environ | {
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(heartbeat),
+            "PREFECT_WORKER_QUERY_SECONDS": "3",
+        }
+
+    def __enter__(self) -> _Worker:
+        from poemerge.lifeline import Child
+
+        path = self._project.state / "logs" / "worker.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as output:
+            self._child = Child("prefect", self._arguments, cwd=self._project.root, env=self._env, output=output)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.end()
+
+    def mind(self) -> None:
+        """Start another worker if this one has ended."""
+        status = self._child.poll()
+        if status is not None:
+            log.warning("The worker ended with status %s; starting another", status)
+            self._child.end()
+            self.__enter__()
+
+
+def _supervise(
+    project: Project, worker: _Worker, asked: threading.Event, interval: float, *, server: str | None
+) -> NoReturn:
+    """Look at the sources each `interval` seconds and when `asked`, and mind the worker and our own `server`."""
+    from poemerge.cli.flows import load
     from poemerge.errors import ServerError
-    from poemerge.lifeline import Child
     from poemerge.servers import answers
 
-    env = os.environ | {
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(heartbeat),
-        "PREFECT_WORKER_QUERY_SECONDS": "3",
-        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-    }
-    arguments = ["worker", "start", "--pool", pool, "--type", "process", "--limit", "4"]
-    log_file = project.state / "logs" / "worker.log"
-    log_file.parent.mkdir(parents=True, exist_ok=True)
+    watch = load(project, "flows.watch")
+    next_look, silent = time.monotonic(), 0
     while True:
-        with (
-            log_file.open("ab") as output,
-            Child("prefect", arguments, cwd=project.root, env=env, output=output) as child,
-        ):
-            print("Worker:      at work", flush=True)
-            silent = 0
-            while child.poll() is None:
-                time.sleep(1.0)
-                # A server that is only slow answers within one of these; a team's own server is the team's to mind.
-                silent = 0 if not own or answers(f"{url}/health", seconds=5.0) else silent + 1
-                if silent >= 12:
-                    raise ServerError(
-                        f"The Prefect server ended.\n  got:      no answer from {url}\n"
-                        f"  next:     read {project.state / 'logs' / 'prefect.log'}, then start `poemerge serve` again"
-                    )
-            log.warning("The worker ended with status %s; starting another", child.poll())
-        time.sleep(2.0)
+        if asked.wait(1.0) or time.monotonic() >= next_look:
+            asked.clear()
+            next_look = time.monotonic() + interval
+            try:
+                for landing in watch.tell(project, watch.landed(project)):
+                    log.info("%s landed: %s at %s", landing.name, landing.source, landing.new)
+            except Exception as error:
+                # A source or a server that is down is told and looked at again; serving goes on.
+                log.warning("Looking at the sources failed: %s", error)
+        worker.mind()
+        # A server that is only slow answers within one of these; a team's own server is the team's to mind.
+        silent = 0 if server is None or answers(f"{server}/health", seconds=5.0) else silent + 1
+        if silent >= 12:
+            raise ServerError(
+                f"The Prefect server ended.\n  got:      no answer from {server}\n"
+                f"  next:     read {project.state / 'logs' / 'prefect.log'}, then start `poemerge serve` again"
+            )
 
 
 def _address(text: str | None) -> tuple[str, int] | None:
