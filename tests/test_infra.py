@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import requests
 import yaml
-from pipeline import make_project
+from pipeline import make_project, read_params, write_params
 
 from infra.make_secrets import make_secrets
 from infra.native import INFRA, VARIABLE, ServiceError, Stack, dvc_remote
@@ -151,6 +151,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         pytest.skip("needs PostgreSQL's initdb")
     root = tmp_path_factory.mktemp("team")
     project = make_project(root / "project")
+    params = read_params(project.root)
+    params["schedule"] = {"cron": None, "watch": {"interval_seconds": 3600}}  # one run, ours
+    write_params(project.root, params)
     with Stack(root / "state", project.root) as stack:
         try:
             stack.up(["prefect", "mlflow-user"])
