@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import shutil
 import subprocess
@@ -132,7 +134,8 @@ def write_merge_json(project: Project, experts: list[str]) -> None:
         "method": "mean",
         "settings": {"coefficient": 1.0},
         "base": json.loads((project.base / "source.json").read_text()),
-        "experts": {name: {"revision": s["revision"], "digest": s["digest"]} for name, s in sources.items()},
+        "experts": {name: {**s, "kind": "full"} for name, s in sources.items()},
+        "rules": {"merged": ["encoder"], "averaged": [], "left_at_base": [], "private": {}},
         "digest": file_digest(project.merged / "model.safetensors"),
         "device": "cpu",
         "dtype": "float32",
@@ -190,3 +193,21 @@ def fresh_registry(project: Project) -> None:
             _migrated.append((Path(scratch) / "empty.db").read_bytes())
     project.mlflow_db.parent.mkdir(parents=True, exist_ok=True)
     project.mlflow_db.write_bytes(_migrated[0])
+
+
+@functools.cache
+def template() -> Path:
+    """A project with the experts a and b under git, made once a session; copy it with `copied`."""
+    root = Path(tempfile.mkdtemp(prefix="poemerge-test-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return make_project(root / "project", {"a": 1, "b": 2}, git=True).root
+
+
+def copied(root: Path, register: Any = None) -> Project:
+    """A copy of the template at `root` with an empty registry, and with the given register section."""
+    shutil.copytree(template(), root, symlinks=True)
+    project = Project(root)
+    fresh_registry(project)
+    if register is not None:
+        write_params(project, {"a": 1, "b": 2}, register)
+    return project

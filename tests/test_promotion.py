@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -128,9 +129,9 @@ def test_the_log_is_made_once(registry: Registry) -> None:
 # Processes that race and die. Each has its own connection; fork would share SQLite's, so they are spawned.
 
 
-def _contend(root: str, number: int, go: float, results: multiprocessing.Queue[tuple[int, str]]) -> None:
+def _contend(root: str, number: int, ready: Barrier, results: multiprocessing.Queue[tuple[int, str]]) -> None:
     registry = _attached(root)
-    time.sleep(max(0.0, go - time.time()))
+    ready.wait()
     try:
         registry.promote(number, 1)
         results.put((number, "moved"))
@@ -175,10 +176,9 @@ def test_of_promotions_at_once_one_moves_and_the_others_are_told(registry: Regis
     registry.promote(1, None)
     context = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue[tuple[int, str]] = context.Queue()
-    go = time.time() + 15
-    workers = [
-        context.Process(target=_contend, args=(str(registry.project.root), number, go, results)) for number in (2, 3, 4)
-    ]
+    ready = context.Barrier(3)
+    root = str(registry.project.root)
+    workers = [context.Process(target=_contend, args=(root, number, ready, results)) for number in (2, 3, 4)]
     for worker in workers:
         worker.start()
     told = dict(results.get(timeout=300) for _ in workers)

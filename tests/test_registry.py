@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 
 from poemerge.errors import RegistryError
 from poemerge.project import Project
@@ -16,20 +16,12 @@ from poemerge.registry.record import record
 from poemerge.registry.tracking import connect, speaking, tracking_uri
 from poemerge.registry.versions import find_version, list_versions
 from tasks.register import register
-from tests.registry_project import fresh_registry, make_project, merge_and_score
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_project(tmp_path_factory.mktemp("template") / "p", {"a": 1, "b": 2}, git=True).root
+from tests.registry_project import copied, merge_and_score, rewrite
 
 
 @pytest.fixture
-def project(template: Path, tmp_path: Path) -> Project:
-    root = tmp_path / "project"
-    shutil.copytree(template, root, symlinks=True)
-    fresh_registry(Project(root))
-    return Project(root)
+def project(tmp_path: Path) -> Project:
+    return copied(tmp_path / "project")
 
 
 def registration(project: Project) -> dict[str, object]:
@@ -115,25 +107,32 @@ def test_a_failure_while_logging_leaves_no_version(project: Project, monkeypatch
     assert version.version == "1"
 
 
-def test_two_that_register_the_same_digest_end_with_one_version(project: Project) -> None:
-    """The second looks before the first has written, then finds that it was not first."""
-    from poemerge.registry import record as module
+def test_another_head_on_the_same_weights_is_another_version(project: Project) -> None:
+    client = connect(project)
+    first, _ = record(client, project, project.load_params())
+    head = project.merged / "heads" / "a.safetensors"
+    rewrite(head, {"head.weight": load_file(head)["head.weight"] * 2})
+    second, created = record(client, project, project.load_params())
+    assert created
+    assert (first.version, second.version) == ("1", "2")
+    assert first.digest == second.digest
 
+
+def test_two_that_register_the_same_digest_end_with_one_version(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second looks before the first has written, then finds that it was not first."""
     client = connect(project)
     params = project.load_params()
     seen: list[str] = []
-    find = module.with_digest
 
-    def blind_once(client: MlflowClient, model: str, digest: str) -> object:
-        seen.append(digest)
-        return None if len(seen) <= 2 else find(client, model, digest)
+    def blind(_client: MlflowClient, _model: str, identity: str) -> None:
+        seen.append(identity)
 
-    module.with_digest = blind_once  # type: ignore[assignment]
-    try:
-        first, _ = record(client, project, params)
-        second, _ = record(client, project, params)
-    finally:
-        module.with_digest = find
+    monkeypatch.setattr("poemerge.registry.record.with_identity", blind)
+    first, _ = record(client, project, params)
+    second, _ = record(client, project, params)
+    assert len(seen) == 2
     assert first.version == second.version == "1"
     assert [version.version for version in list_versions(client, "tiny")] == ["1"]
 

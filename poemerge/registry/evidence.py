@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +16,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from poemerge.checkpoints.checkpoint import Checkpoint
+from poemerge.contenders import open_suites
+from poemerge.errors import SuiteError
 from poemerge.params import Params
 from poemerge.project import Project
 from poemerge.registry.champion import withdrawn
@@ -22,12 +25,13 @@ from poemerge.registry.gates import Evidence, Gate, Scored, judge
 from poemerge.registry.journal import Journal
 from poemerge.registry.lineage import run_json, weight_shares
 from poemerge.registry.versions import Version, find_version
-from poemerge.suites.protocol import Model, SuiteSpec, open_suite
+from poemerge.suites.protocol import Model
 from poemerge.suites.runtime import choose_runtime
 from poemerge.suites.scores import Columns
 
 __all__ = ["gates_of", "log_evidence", "log_verdicts", "model_folder"]
 
+log = logging.getLogger(__name__)
 EVIDENCE_FILE = "evidence.json"
 
 
@@ -194,18 +198,22 @@ def _score_again(
     candidate's.
     """
     evaluate = params.evaluate
+    here = {name: evaluate.suites[name] for name in names if name in evaluate.suites}
+    try:
+        suites = open_suites(project, here)
+    except SuiteError as error:
+        log.warning("The champion cannot be scored on %s: the data is not in this project. %s", ", ".join(here), error)
+        return {}
     folder = model_folder(champion)
     runtime = choose_runtime(evaluate.device, evaluate.dtype, evaluate.batch_size)
     scored: dict[str, Scored] = {}
-    for name in names:
-        settings = evaluate.suites.get(name)
-        if settings is None or _data_digest(project, name) != mine[name].data_digest:
+    for suite in suites:
+        if suite.data_digest != mine[suite.name].data_digest:
             continue
-        suite = open_suite(SuiteSpec(name, settings, project.suite(name)))
-        suite.load()
-        expert = settings.expert or name
-        heads = [place / "heads" / f"{settings.head or expert}.safetensors" for place in (folder, candidate)]
-        config = project.expert(expert)
+        log.info("Scoring the champion, version %s, on %s", champion.version, suite.name)
+        own = evaluate.suites[suite.name].head or suite.expert or suite.name
+        heads = [place / "heads" / f"{own}.safetensors" for place in (folder, candidate)]
+        config = project.expert(suite.expert) if suite.expert is not None else folder
         model = Model(
             f"champion (version {champion.version})",
             folder,
@@ -213,19 +221,11 @@ def _score_again(
             next((head for head in heads if head.is_file()), None),
             config if (config / "config.json").is_file() else None,
         )
-        columns = suite.predict(model, runtime)
-        value = suite.score(columns)[suite.metric.name]
-        scored[name] = Scored(suite.metric.name, value, mine[name].expert, mine[name].data_digest, columns)
+        columns = suite.suite.predict(model, runtime)
+        metric = suite.suite.metric
+        scored[suite.name] = Scored(metric.name, metric(columns), mine[suite.name].expert, suite.data_digest, columns)
     runtime.release()
     return scored
-
-
-def _data_digest(project: Project, suite: str) -> str | None:
-    """The digest of the suite's data in this project, as fetch recorded it; None when it is not here."""
-    try:
-        return str(json.loads((project.suite(suite) / "source.json").read_text(encoding="utf-8"))["digest"])
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _evaluation(project: Project) -> dict[str, Any]:

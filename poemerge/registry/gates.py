@@ -99,7 +99,9 @@ def _against_champion(
         return [Gate("mean", "fail", {}, reason), Gate("suites", "fail", {"suites": foreign}, reason)]
     missing = sorted(set(champion) - set(candidate))
     pairs = {name: _Pair(candidate[name], champion[name], samples, seed) for name in common}
-    return [_mean(pairs, rules), _suites(pairs, missing, rules)]
+    # A suite without a task model has nothing to be normalised by: it counts in no mean, as in the evaluation.
+    counted = {name: pair for name, pair in pairs.items() if candidate[name].expert is not None}
+    return [_mean(counted or pairs, rules), _suites(pairs, missing, rules)]
 
 
 class _Pair:

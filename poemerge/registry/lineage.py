@@ -13,6 +13,8 @@ from typing import Any
 
 from mlflow import MlflowClient
 
+from poemerge.checkpoints import file_digest, weights_digest
+from poemerge.merging.card import licence_of
 from poemerge.params import Params
 from poemerge.project import Project
 from poemerge.provenance import Origin, code_of, file_sha256, library_versions, origins
@@ -39,6 +41,7 @@ def describe(project: Project, params: Params) -> dict[str, Any]:
     return {
         "model": params.register_.model,
         "digest": merge["digest"],
+        "identity": identity(project, merge["digest"]),
         "git": {"commit": code.commit, "dirty": code.dirty, "changed": list(code.changed)},
         "dvc_lock_digest": file_sha256(project.dvc_lock),
         "params_digest": file_sha256(project.params_yaml),
@@ -49,9 +52,9 @@ def describe(project: Project, params: Params) -> dict[str, Any]:
         "tail_digest": file_sha256(project.tail_json),
         "device": merge.get("device"),
         "dtype": merge.get("dtype"),
-        "base": _origin(found["base"]["base"], None),
+        "base": _origin(found["base"]["base"], licence_of(project.base)),
         "experts": {
-            name: _origin(found["experts"][name], given.get(name))
+            name: _origin(found["experts"][name], given.get(name) or licence_of(project.expert(name)))
             for name in merged_experts
             if name in found["experts"]
         },
@@ -68,6 +71,12 @@ def describe(project: Project, params: Params) -> dict[str, Any]:
         "warnings": _json_or_empty(project.stage_report("fetch")).get("warnings", []),
         "versions": library_versions(),
     }
+
+
+def identity(project: Project, digest: str) -> str:
+    """What makes the merged model the one it is: its weights' `digest` and, where tasks have heads, theirs."""
+    heads = {f"heads/{path.name}": file_digest(path) for path in (project.merged / "heads").glob("*.safetensors")}
+    return weights_digest({"weights": digest, **heads}) if heads else digest
 
 
 def weight_shares(ledger: Path) -> dict[str, list[float]]:

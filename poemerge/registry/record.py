@@ -27,7 +27,7 @@ from poemerge.registry import lineage
 from poemerge.registry.evidence import log_evidence
 from poemerge.registry.journal import Journal
 from poemerge.registry.tracking import experiment_id
-from poemerge.registry.versions import CANDIDATE, Version, find_version, list_versions, with_digest
+from poemerge.registry.versions import CANDIDATE, Version, find_version, list_versions, with_identity
 
 __all__ = ["record"]
 
@@ -51,17 +51,16 @@ def record(client: MlflowClient, project: Project, params: Params) -> tuple[Vers
     """The registered version of what lies in artifacts/merged, with the alias `candidate` on it, and whether it is
     new.
 
-    A version with the same digest is taken again: its scores are brought up to date and the alias moves back to it. A
-    new one is created only after everything that it consists of has been stored, so that a version is complete or not
-    there.
+    A version with the same weights and heads is taken again: its scores are brought up to date and the alias moves
+    back to it. A new one is created only after everything that it consists of has been stored, so that a version is
+    complete or not there.
     Raises RegistryError when the merged folder is not complete.
     """
     check_complete(project)
     merge = _Merge(project, params, lineage.describe(project, params), _read(project.evaluation_json))
     model = params.register_.model
     Journal.open(client, project, model)
-    digest = merge.document["digest"]
-    version = with_digest(client, model, digest)
+    version = with_identity(client, model, merge.document["identity"])
     created = version is None
     if version is None:
         version = _create(client, merge)
@@ -118,14 +117,14 @@ def _create(client: MlflowClient, merge: _Merge) -> Version:
     except BaseException:
         client.set_terminated(run_id, "FAILED")
         raise
-    return _first_of(client, model, str(made.version), document["digest"], run_id)
+    return _first_of(client, model, str(made.version), document["identity"], run_id)
 
 
-def _first_of(client: MlflowClient, model: str, mine: str, digest: str, run_id: str) -> Version:
+def _first_of(client: MlflowClient, model: str, mine: str, identity: str, run_id: str) -> Version:
     """`mine`, unless another process registered the same digest at the same time and was first: then that one alone
     stays.
     """
-    same = list_versions(client, model, f"tags.`poemerge.digest` = '{digest}'")
+    same = list_versions(client, model, f"tags.`poemerge.identity` = '{identity}'")
     first = same[-1]
     if first.version != mine:
         client.delete_model_version(model, mine)
@@ -308,6 +307,7 @@ def _version_tags(document: Mapping[str, Any]) -> dict[str, str]:
     origins |= {f"poemerge.expert.{name}": origin for name, origin in document["experts"].items()}
     return {
         "poemerge.digest": document["digest"],
+        "poemerge.identity": document["identity"],
         "poemerge.method": str(document["method"]),
         "poemerge.git.commit": str(document["git"]["commit"]),
         **{key: json.dumps(origin, ensure_ascii=False)[:LONGEST_TAG] for key, origin in origins.items()},

@@ -19,7 +19,7 @@ __all__ = [
     "alias_version",
     "find_version",
     "list_versions",
-    "with_digest",
+    "with_identity",
 ]
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
@@ -107,9 +107,9 @@ def list_versions(client: MlflowClient, model: str, where: str = "") -> list[Ver
             return sorted(found, key=lambda item: -int(item.version))
 
 
-def with_digest(client: MlflowClient, model: str, digest: str) -> Version | None:
-    """The first version of `model` that has this digest, or None."""
-    found = list_versions(client, model, f"tags.`poemerge.digest` = '{digest}'")
+def with_identity(client: MlflowClient, model: str, identity: str) -> Version | None:
+    """The first version of `model` with these weights and heads (lineage.identity), or None."""
+    found = list_versions(client, model, f"tags.`poemerge.identity` = '{identity}'")
     return found[-1] if found else None
 
 
