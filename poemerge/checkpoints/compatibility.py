@@ -88,15 +88,15 @@ def shape_problems(
 
 
 def foreign_problems(
-    base: Checkpoint, weights: Checkpoint, full: Mapping[str, str], lacks: Sequence[str], path: Path, expert: str
+    base: Checkpoint, weights: Checkpoint, full: Mapping[str, str], path: Path, expert: str
 ) -> Iterator[Problem]:
-    """A full expert must hold most of the base's parameters, with values near the base's."""
-    held, missing = base.total_bytes(full), base.total_bytes(lacks)
-    if held <= missing:
-        example = f" (it lacks {lacks[0]}, for instance)" if lacks else ""
+    """A full expert must hold most of the base's parameters, with values near the base's; `full`: base name → its own."""
+    wanted = [name for name in base.names() if base.dtype(name) in FLOATS]
+    if 2 * base.total_bytes(full) <= base.total_bytes(wanted):
+        example = next((name for name in wanted if name not in full), "")
         yield Problem(
             str(path),
-            f"{len(full)} of the base's {len(full) + len(lacks)} parameters{example}",
+            f"{len(full)} of the base's {len(wanted)} parameters (it lacks {example}, for instance)",
             "most of the base's parameters under the same names",
             "this expert was fine-tuned from another model: leave it out or name its own base",
             expert,

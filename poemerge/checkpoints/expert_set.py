@@ -341,7 +341,8 @@ def _meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterat
             expert.full[other] = own
     if expert.kind == "full":
         _untangle_ties(base, expert, rules, in_base - set(matched.values()))
-        yield from foreign_problems(base, expert.weights, expert.full, expert.lacks, expert.path, expert.name)
+        held = {other: own for own, other in matched.items() if base.shape(other) == expert.weights.shape(own)}
+        yield from foreign_problems(base, expert.weights, held, expert.path, expert.name)
     elif isinstance(expert.source, Adapter):
         # PEFT saves an embedding whole beside its factors when the layer is adapted: an unchanged copy is no delta.
         for target in [target for target in expert.full if target in expert.lora]:

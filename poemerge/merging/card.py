@@ -107,7 +107,7 @@ def model_card(
         "",
     ]
     if clash is not None:
-        lines += [f"**Licences clash.** {clash[0].upper()}{clash[1:]}.", ""]
+        lines += [f"**Licences clash:** {clash}.", ""]
     lines += _what(record)
     if evaluation and evaluation.get("suites"):
         lines += _scores(evaluation)

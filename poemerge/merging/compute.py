@@ -61,7 +61,7 @@ def merge_elementwise(
             total.addmm_(b.to(torch.float32), a.to(torch.float32), alpha=scaling)
         count += 1
     entry: dict[str, Any] = {"outcome": "mean" if settings.method != "task_arithmetic" else "sum"}
-    if count == 0:
+    if count == 0 or not bool(total.any()):
         return Merged(None, {**entry, "outcome": "unchanged", "seconds": time.perf_counter() - started})
     share = {"mean": 1 / experts, "average": 1 / count, "task_arithmetic": 1.0}[settings.method]
     merged = base.add_(total, alpha=settings.coefficient * share)

@@ -1,0 +1,441 @@
+"""The merge end to end on tiny real models: what comes out, that it repeats, resumes, and stays within its budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import poemerge
+from poemerge.checkpoints import Checkpoint, ExpertSet, file_digest, weights_digest
+from poemerge.cli.main import main
+from poemerge.merging import FamilyChoice, Selection, merge, prepare
+from poemerge.merging.card import licence_clash
+from poemerge.merging.stream import MemoryGate, stream
+from poemerge.params import MergeOverride, MergeParams
+from tests.tiny import make_base, make_full_expert, make_lora_expert
+
+ROOT = Path(__file__).parent.parent
+QUERY = "encoder.layer.0.attention.self.query.weight"
+OUTPUT = "encoder.layer.0.output.dense.weight"
+BIAS = "encoder.layer.0.output.dense.bias"
+WORDS = "embeddings.word_embeddings.weight"
+FAST: dict[str, Any] = {"side": "output", "max_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("merging")
+    base = make_base(folder / "base")
+    return {
+        "base": base,
+        "one": make_full_expert(base, folder / "one", seed=1),
+        "two": make_full_expert(base, folder / "two", seed=2, classes=5),
+        "lora": make_lora_expert(base, folder / "lora", seed=3),
+        "lora2": make_lora_expert(base, folder / "lora2", seed=4),
+    }
+
+
+def _experts(models: dict[str, Path], *names: str) -> dict[str, Path]:
+    return {name: models[name] for name in names}
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.names()}
+
+
+def _ledger(folder: Path) -> dict[str, dict[str, Any]]:
+    return {(line := json.loads(text))["name"]: line for text in (folder / "ledger.jsonl").read_text().splitlines()}
+
+
+def test_mean_is_the_mean_of_the_models(models: dict[str, Path], tmp_path: Path) -> None:
+    merge(models["base"], _experts(models, "one", "two"), tmp_path / "m", MergeParams(method="mean"))
+    one, two = (load_file(models[name] / "model.safetensors") for name in ("one", "two"))
+    for name, value in _weights(tmp_path / "m").items():
+        torch.testing.assert_close(value, (one[name] + two[name]) / 2, atol=1e-6, rtol=0)
+
+
+def test_task_arithmetic_adds_the_task_vectors(models: dict[str, Path], tmp_path: Path) -> None:
+    params = MergeParams(method="task_arithmetic", coefficient=0.3)
+    merge(models["base"], _experts(models, "one", "two", "lora"), tmp_path / "m", params)
+    experts = ExpertSet.open(models["base"], _experts(models, "one", "two", "lora"))
+    for name, value in _weights(tmp_path / "m").items():
+        expected = experts.base.read(name) + 0.3 * experts.deltas(name).sum(0)
+        torch.testing.assert_close(value, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "names", [("one", "two"), ("lora", "lora2"), ("one", "lora")], ids=lambda names: "+".join(names)
+)
+def test_poe_is_the_solver_matrix_by_matrix(models: dict[str, Path], tmp_path: Path, names: tuple[str, ...]) -> None:
+    selection = Selection(FamilyChoice("student_t", 3.0))
+    params = MergeParams(**FAST, coefficient=0.7, scale="gram-norm", scale_factor=0.2, prior_precision=1e-2)
+    result = merge(models["base"], _experts(models, *names), tmp_path / "m", params, selection)
+    experts = ExpertSet.open(models["base"], _experts(models, *names))
+    weights, ledger = _weights(tmp_path / "m"), _ledger(tmp_path / "m")
+    for name in (QUERY, OUTPUT):
+        if not experts.touching(name):
+            assert torch.equal(weights[name], experts.base.read(name))
+            assert ledger[name]["rule"] == "left_at_base"
+            continue
+        solution = poemerge.solve(
+            experts.deltas(name), expert="student_t", tail_index=3.0, scale="gram-norm", scale_factor=0.2,
+            prior="relative", prior_precision=1e-2, side="output", max_steps=5, rtol=params.rtol,
+        )  # fmt: skip
+        theta = (weights[name] - experts.base.read(name)) / 0.7
+        torch.testing.assert_close(theta, solution.dense(), atol=2e-5, rtol=0)
+        line = ledger[name]
+        assert (line["rule"], line["method"], line["family"]) == ("merged", "poe", "student_t")
+        assert line["factored"] == (names == ("lora", "lora2"))
+        assert sum(line["weights"].values()) == pytest.approx(1.0)
+        assert set(line["weights"]) == set(experts.touching(name))
+        assert line["energy_last"] <= line["energy_first"]
+    assert result.record["rules"]["merged"] == [name for name, line in ledger.items() if line["rule"] == "merged"]
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "tsv_m", "iso_c", "wudi", "karcher"])
+def test_every_baseline_is_its_function(models: dict[str, Path], tmp_path: Path, method: str) -> None:
+    from poemerge import baselines
+
+    merge(models["base"], _experts(models, "one", "two", "lora"), tmp_path / "m", MergeParams(method=method, seed=7))
+    experts = ExpertSet.open(models["base"], _experts(models, "one", "two", "lora"))
+    extra = {"seed": 7} if method == "dare_ties" else {}
+    for name in (QUERY, OUTPUT):
+        theta = (
+            getattr(baselines, method)(experts.deltas(name).flatten(1).unsqueeze(1), **extra).reshape(
+                experts.base.shape(name)
+            )
+            if method in {"ties", "dare_ties", "karcher"}
+            else getattr(baselines, method)(experts.deltas(name))
+        )
+        torch.testing.assert_close(_weights(tmp_path / "m")[name], experts.base.read(name) + theta, atol=2e-5, rtol=0)
+    assert _ledger(tmp_path / "m")[BIAS]["rule"] == ("averaged" if method in {"tsv_m", "iso_c", "wudi"} else "merged")
+
+
+def test_what_is_no_matrix_is_the_mean_of_those_that_moved_it(models: dict[str, Path], tmp_path: Path) -> None:
+    merge(models["base"], _experts(models, "one", "two", "lora"), tmp_path / "m", MergeParams(**FAST))
+    one, two = (load_file(models[name] / "model.safetensors") for name in ("one", "two"))
+    weights = _weights(tmp_path / "m")
+    for name in (BIAS, WORDS):
+        torch.testing.assert_close(weights[name], (one[name] + two[name]) / 2, atol=1e-6, rtol=0)
+        assert _ledger(tmp_path / "m")[name]["rule"] == "averaged"
+
+
+def test_adapters_merge_as_their_densified_checkpoints_do(models: dict[str, Path], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    for name in ("lora", "lora2"):
+        model = PeftModel.from_pretrained(AutoModel.from_pretrained(models["base"]), models[name])
+        model.merge_and_unload().save_pretrained(tmp_path / name)
+    for side in ("output", "input", "both"):
+        params = MergeParams(side=side, max_steps=50, rtol=1e-7)
+        merge(models["base"], _experts(models, "lora", "lora2"), tmp_path / "factored", params)
+        merge(models["base"], {name: tmp_path / name for name in ("lora", "lora2")}, tmp_path / "dense", params)
+        dense = _weights(tmp_path / "dense")
+        for name, value in _weights(tmp_path / "factored").items():
+            torch.testing.assert_close(value, dense[name], atol=1e-5, rtol=0, msg=f"{side} {name}")
+
+
+def test_folder_is_whole_and_loads(models: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    experts = _experts(models, "one", "two", "lora")
+    params = MergeParams(**FAST, dtype="bfloat16", max_shard_size="30KB")
+    result = merge(models["base"], experts, tmp_path / "m", params)
+    model = AutoModel.from_pretrained(tmp_path / "m")
+    assert model.dtype == torch.bfloat16
+    weights = _weights(tmp_path / "m")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "m")("w01 w02")["input_ids"] == [2, 6, 7, 3]
+    files = sorted((tmp_path / "m").glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert result.record["digest"] == weights_digest({file.name: file_digest(file) for file in files})
+    heads = {name: load_file(tmp_path / "m" / "heads" / f"{name}.safetensors") for name in experts}
+    assert {name: len(head["head.weight"]) for name, head in heads.items()} == {"one": 3, "two": 5, "lora": 3}
+    rules = result.record["rules"]
+    assert sorted(rules["merged"] + rules["averaged"] + rules["left_at_base"]) == sorted(weights)
+    assert [
+        file.name for file in tmp_path.iterdir() if "partial" in file.name and not file.name.endswith("lock.partial")
+    ] == []
+
+
+def test_same_inputs_same_digest(models: dict[str, Path], tmp_path: Path) -> None:
+    experts = _experts(models, "one", "two", "lora")
+    digests = set()
+    for i, memory in enumerate(["1GB", "1GB", "2MB"]):
+        params = MergeParams(**FAST, max_memory=memory)
+        given = experts if i != 1 else dict(reversed(experts.items()))
+        digests.add(merge(models["base"], given, tmp_path / "m", params).record["digest"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    digests.add(merge(models["base"], experts, tmp_path / "m", MergeParams(**FAST)).record["digest"])
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
+    assert len(digests) == 1
+
+
+def test_large_parameters_go_block_by_block(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from poemerge.merging import plan
+
+    experts = _experts(models, "one", "two", "lora")
+    whole = {
+        m: merge(models["base"], experts, tmp_path / "w", MergeParams(method=m, **FAST)).record for m in ("mean", "poe")
+    }
+    monkeypatch.setattr(plan, "BLOCK_BYTES", 1000)
+    _, checkpoints, made = prepare(models["base"], experts, MergeParams(method="mean"))
+    assert len(made.order[0]) > 3 * len(checkpoints.names())
+    for method, record in whole.items():
+        blocks = merge(models["base"], experts, tmp_path / "b", MergeParams(method=method, **FAST)).record
+        assert blocks["digest"] == record["digest"]
+        assert blocks["rules"] == record["rules"]
+
+
+def test_include_exclude_and_overrides(models: dict[str, Path], tmp_path: Path) -> None:
+    params = MergeParams(
+        **FAST,
+        exclude=("encoder.layer.1.*",),
+        overrides={
+            "*embeddings*": MergeOverride(method="task_arithmetic", coefficient=0.25),
+            "*.query.weight": MergeOverride(family="gaussian", side="input", coefficient=0.5),
+        },
+    )
+    merge(models["base"], _experts(models, "one", "two"), tmp_path / "m", params)
+    weights, ledger = _weights(tmp_path / "m"), _ledger(tmp_path / "m")
+    experts = ExpertSet.open(models["base"], _experts(models, "one", "two"))
+    assert all(line["rule"] == "left_at_base" for name, line in ledger.items() if name.startswith("encoder.layer.1."))
+    expected = experts.base.read(WORDS) + 0.25 * experts.deltas(WORDS).sum(0)
+    torch.testing.assert_close(weights[WORDS], expected, atol=1e-6, rtol=0)
+    assert (ledger[QUERY]["family"], ledger[QUERY]["side"]) == ("gaussian", "input")
+    assert (ledger[OUTPUT]["family"], ledger[OUTPUT]["side"]) == ("cauchy", "output")
+
+
+def test_experts_equal_to_the_base_leave_its_bytes(models: dict[str, Path], tmp_path: Path) -> None:
+    for method in ("poe", "mean", "task_arithmetic", "ties"):
+        merge(models["base"], {"same": models["base"]}, tmp_path / "m", MergeParams(method=method, **FAST))
+        assert all(line["outcome"] == "unchanged" for line in _ledger(tmp_path / "m").values())
+        for name, value in _weights(tmp_path / "m").items():
+            assert torch.equal(value, load_file(models["base"] / "model.safetensors")[name])
+
+
+def test_low_precision_inputs_are_summed_in_float32(models: dict[str, Path], tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", dtype=torch.bfloat16)
+    tensors = load_file(base / "model.safetensors")
+    experts = {}
+    for i in range(3):
+        own = {name: (value.float() * (1 + 0.02 * (i + 1))).to(torch.bfloat16) for name, value in tensors.items()}
+        (tmp_path / f"e{i}").mkdir()
+        save_file(own, tmp_path / f"e{i}" / "model.safetensors")
+        experts[f"e{i}"] = tmp_path / f"e{i}"
+    merge(base, experts, tmp_path / "m", MergeParams(method="mean"))
+    for name, value in _weights(tmp_path / "m").items():
+        own = torch.stack([load_file(path / "model.safetensors")[name].float() for path in experts.values()])
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, (tensors[name].float() + (own - tensors[name].float()).sum(0) * (1 / 3)).bfloat16())
+
+
+def test_killed_and_started_again(models: dict[str, Path], tmp_path: Path) -> None:
+    """kill -9 in the middle; the same command goes on at the first unwritten shard and ends in the same digest."""
+    experts = _experts(models, "one", "two", "lora")
+    params = MergeParams(side="output", max_shard_size="8KB")
+    whole = merge(models["base"], experts, tmp_path / "whole", params)
+    script = (
+        "import sys, time; from pathlib import Path\n"
+        "from poemerge.merging import merge; from poemerge.params import MergeParams\n"
+        "def slow(done, total, name): print(done, flush=True); time.sleep(0.05)\n"
+        "merge(Path(sys.argv[1]), dict(a.split('=') for a in sys.argv[3:]), Path(sys.argv[2]), "
+        "MergeParams(side='output', max_shard_size='8KB'), progress=slow)\n"
+    )
+    arguments = [str(models["base"]), str(tmp_path / "out"), *(f"{name}={path}" for name, path in experts.items())]
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(12):
+        assert process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "out").exists()
+    staged = next(tmp_path.glob(".out.????????????????.partial"))
+    kept = {file.name: file.stat().st_mtime_ns for file in staged.glob("*.safetensors")}
+    assert kept
+    result = merge(models["base"], experts, tmp_path / "out", params)
+    assert result.resumed_shards == len(kept)
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == at for name, at in kept.items())
+    assert result.record["digest"] == whole.record["digest"]
+    assert list(_ledger(tmp_path / "out")) == list(_ledger(tmp_path / "whole"))
+    assert [path.name for path in tmp_path.glob(".out.*")] == [".out.lock.partial"]
+
+
+def test_a_damaged_shard_is_written_again(models: dict[str, Path], tmp_path: Path) -> None:
+    experts, params = _experts(models, "one", "two"), MergeParams(method="mean", max_shard_size="8KB")
+    whole = merge(models["base"], experts, tmp_path / "whole", params)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done > total / 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        merge(models["base"], experts, tmp_path / "out", params, progress=stop)
+    staged = next(tmp_path.glob(".out.????????????????.partial"))
+    files = sorted(staged.glob("*.safetensors"))
+    with files[0].open("r+b") as handle:
+        handle.seek(-1, os.SEEK_END)
+        last = handle.read(1)
+        handle.seek(-1, os.SEEK_END)
+        handle.write(bytes([last[0] ^ 1]))
+    result = merge(models["base"], experts, tmp_path / "out", params)
+    assert 0 < result.resumed_shards < len(files)
+    assert result.record["digest"] == whole.record["digest"]
+
+
+def test_other_settings_do_not_resume(models: dict[str, Path], tmp_path: Path) -> None:
+    experts = _experts(models, "one", "two")
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(models["base"], experts, tmp_path / "m", MergeParams(method="mean", max_shard_size="8KB"), progress=stop)
+    other = MergeParams(method="task_arithmetic", max_shard_size="8KB")
+    assert merge(models["base"], experts, tmp_path / "m", other).resumed_shards == 0
+    assert merge(models["base"], experts, tmp_path / "m", other).out.is_dir()  # replaces our own earlier merge
+
+
+def test_memory_gate_holds_back_and_lets_large_ones_pass_alone() -> None:
+    gate = MemoryGate(100)
+    under_way, peak, lock = [0], [0], threading.Lock()
+
+    def read(size: int) -> int:
+        with lock:
+            under_way[0] += size
+            peak[0] = max(peak[0], under_way[0])
+        return size
+
+    def write(size: int, _: int) -> None:
+        time.sleep(0.001)
+        with lock:
+            under_way[0] -= size
+
+    sizes = [30, 50, 40, 10, 250, 60, 60, 1] * 4
+    stream(sizes, lambda s: s, read, lambda s, _: s, write, workers=3, limit=100)
+    assert peak[0] == 250
+    assert under_way[0] == 0
+    assert gate.acquire(1000)
+    gate.close()
+    assert not gate.acquire(1)
+
+
+@pytest.mark.parametrize("step", ["read", "compute", "write"])
+def test_an_error_in_any_step_ends_the_stream(step: str) -> None:
+    def at(name: str) -> Any:
+        def call(unit: int, *_: Any) -> int:
+            if name == step and unit == 20:
+                raise RuntimeError(name)
+            return unit
+
+        return call
+
+    with pytest.raises(RuntimeError, match=step):
+        stream(range(10_000), lambda _: 30, at("read"), at("compute"), at("write"), workers=2, limit=100)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("merge-")]
+
+
+def test_card_is_one_that_the_hub_reads(models: dict[str, Path], tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    experts = _experts(models, "one", "lora")
+    for name, licence in (("one", "apache-2.0"), ("lora", "cc-by-nc-4.0")):
+        record = {"source": f"hf://team/{name}", "revision": "a" * 40, "digest": "d" * 64, "license": licence}
+        copied = tmp_path / name
+        copied.mkdir()
+        for file in experts[name].iterdir():
+            (copied / file.name).write_bytes(file.read_bytes())
+        (copied / "source.json").write_text(json.dumps(record))
+        experts[name] = copied
+    merge(models["base"], experts, tmp_path / "m", MergeParams(**FAST))
+    card = ModelCard.load(tmp_path / "m" / "README.md")
+    assert card.data.base_model == ["team/lora", "team/one"]
+    assert card.data.library_name == "transformers"
+    assert "merge" in card.data.tags
+    assert card.data.license == "other"
+    assert "Licences clash" in card.text
+    assert "cc-by-nc-4.0 restricts commercial use" in card.text
+    assert json.loads((tmp_path / "m" / "merge.json").read_text())["experts"]["one"]["digest"] == "d" * 64
+
+
+@pytest.mark.parametrize(
+    ("licences", "said"),
+    [
+        ({"a": "mit", "b": "mit"}, None),
+        ({"a": None, "b": None}, None),
+        ({"a": "mit", "b": None}, "no licence is stated for b"),
+        ({"a": "mit", "b": "apache-2.0"}, "must meet all"),
+        ({"a": "mit", "b": "agpl-3.0"}, "same licence"),
+        ({"a": "mit", "b": "cc-by-nc-4.0"}, "commercial"),
+    ],
+)
+def test_licence_clashes(licences: dict[str, str | None], said: str | None) -> None:
+    found = licence_clash(licences)
+    assert found is None if said is None else found is not None and re.search(said, found)
+
+
+def test_command_line(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "m"
+    common = ["merge", "--base", str(models["base"]), "--expert", f"one={models['one']}", "--side", "output"]
+    common += ["--expert", f"lora={models['lora']}", "--out", str(out)]
+    assert main([*common, "--dry-run", "--json"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    plan = json.loads(capsys.readouterr().out)
+    assert main([*common, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert plan["rules"]["private"] == record["rules"]["private"] == {"lora": ["head.weight"], "one": ["head.weight"]}
+    assert sorted(plan["rules"]["merged"]) == sorted(record["rules"]["merged"])
+    assert plan["bytes_written"] == plan["shards"][0]["bytes"]
+    assert plan["seconds"] > 0
+    assert main([*common, "--dry-run"]) == 0
+    assert "poe" in capsys.readouterr().out
+    assert main(common) == 0
+    assert "digest " + record["digest"][:12] in capsys.readouterr().out
+
+
+def test_command_line_tells_all_that_is_wrong(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["merge", "--base", str(models["base"]), "--out", str(tmp_path / "m")]
+    flags = ["--scale-factor", "-1", "--override", "x:mothod=ties"]
+    assert main([*common, "--expert", f"a={models['one']}", *flags]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("2 problems", "--scale-factor", "mothod"))
+    assert main([*common, "--expert", f"a={models['one']}", "--max-memory", "much"]) == 2
+    assert "much" in capsys.readouterr().err
+    assert (
+        main([*common, "--expert", f"a={models['one']}", "--expert", f"a={models['two']}", "--expert", "../b=x"]) == 2
+    )
+    assert "2 problems" in capsys.readouterr().err
+    assert main([*common, "--expert", f"a={models['one']}", "--expert-family", "student_t"]) == 2
+    assert "tail index" in capsys.readouterr().err
+    assert main([*common, "--expert", f"a={models['one']}", "--device", "cuda:99"]) == 2
+    assert "cuda:99" in capsys.readouterr().err
+    assert main([*common, "--expert", f"a={models['one']}", "--max-memory", "20KB"]) == 2
+    assert "at least" in capsys.readouterr().err
+    assert main([*common, "--expert", f"a={models['one']}", "--include", "nothing.like.this"]) == 2
+    assert "no parameter" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
