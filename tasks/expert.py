@@ -60,10 +60,9 @@ def _fitted(pooled: Mapping[str, Any] | None) -> dict[str, Any] | None:
     usable, best = pooled["usable"], pooled["best"]
     reason = usable["reason"]
     if best["family"] != usable["family"]:
-        gain = pooled["gains"][best["family"]][usable["family"]]
         reason = (
-            f"{best['family']} fits best, {gain['mean']:.2g} ± {gain['standard_error']:.2g} nats an entry ahead, "
-            f"but its energy is not one that the merge can use; nearest of those it can: {reason}"
+            f"{best['family']} describes the residuals ({best['reason']}), "
+            f"but its energy is not one that the merge can use; of those it can: {reason}"
         )
     return {
         "family": usable["family"],

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +21,7 @@ from poemerge.numerics.baselines import mean, task_arithmetic, ties
 from poemerge.numerics.families import fit_student_t
 from poemerge.numerics.hill import hill
 from poemerge.numerics.tail import USABLE, fit_tail, log_histogram, residual_entries, select, standardised
-from poemerge.params import Params
+from poemerge.params import Params, TailParams
 from poemerge.project import Project
 from poemerge.report.residuals import draw_residuals
 from tasks.report import StageReport
@@ -33,18 +36,24 @@ ENTRIES_PER_FIT = 2**17
 FEWEST_ENTRIES = 100
 """A residual with fewer entries that are not zero is left out."""
 
+MEMORY = 4 * 10**9
+"""Bytes that the matrices being worked on may take together; one is worked on whatever its size."""
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class _Pool:
-    """Standardised magnitudes of the residuals of one layer group: reference → origin (matrix and expert) → entries."""
+_Pool = dict[str, dict[str, Tensor]]
+"""Standardised magnitudes of a layer group's residuals: reference → origin (matrix and expert) → entries."""
 
-    names: list[str] = field(default_factory=list)
-    residuals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
-    def parts(self, references: Sequence[str]) -> list[tuple[str, Tensor]]:
-        return [part for reference in references for part in self.residuals.get(reference, {}).items()]
+@dataclass(frozen=True)
+class _Matrix:
+    """What one matrix gives: each residual's own fit by expert and reference, and entries for its group's pool."""
+
+    name: str
+    shape: list[int]
+    fits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    residuals: _Pool = field(default_factory=dict)
 
 
 def tail(project: Project, params: Params) -> StageReport:
@@ -59,45 +68,41 @@ def tail(project: Project, params: Params) -> StageReport:
     experts = ExpertSet.open(project.base, folders)
     try:
         names = [name for name in experts.names() if experts.rule(name) == "matrix"]
-        groups = {group: _Pool([name for name in names if role(name) == group]) for group in ROLES}
-        groups = {group: pool for group, pool in groups.items() if pool.names}
-        matrices: dict[str, Any] = {}
-        for done, name in enumerate(names, start=1):
-            group = role(name)
-            keep = max(FEWEST_ENTRIES, ENTRIES_PER_FIT // (len(groups[group].names) * len(folders)))
-            for matrix, deltas in _matrices(experts, name):
-                entries = residual_entries(
-                    deltas,
-                    torch.stack([REFERENCES[reference](deltas) for reference in settings.references]),
-                    side=settings.side,
-                    count=settings.entries_per_matrix,
-                    generator=_generator(settings.seed, matrix),
-                )
-                out, width = deltas.shape[1:]
-                cells = {"output": width * width, "input": out * out, "both": width * out}[settings.side]
-                residuals = _each(entries, settings.references, experts.touching(name))
-                fits = _fit_matrix(matrix, residuals, cells, keep, groups[group])
-                matrices[matrix] = {"group": group, "shape": [out, width], "experts": fits}
-            if done % 20 == 0 or done == len(names):
-                logger.info("residuals of %d of %d matrices", done, len(names))
         left_out = {name: experts.rule(name) for name in experts.names() if experts.rule(name) != "matrix"}
+        groups = {group: [name for name in names if role(name) == group] for group in ROLES}
+        groups = {group: members for group, members in groups.items() if members}
+        pools: dict[str, _Pool] = {group: {} for group in groups}
+        matrices: dict[str, Any] = {}
+
+        def sample(name: str) -> list[_Matrix]:
+            keep = max(FEWEST_ENTRIES, ENTRIES_PER_FIT // (len(groups[role(name)]) * len(folders)))
+            return [_fit_matrix(experts, name, *one, settings, keep) for one in _matrices(experts, name)]
+
+        with _workers(experts, names) as executor:
+            for done, (name, sampled) in enumerate(zip(names, executor.map(sample, names), strict=True), start=1):
+                for matrix in sampled:
+                    matrices[matrix.name] = {"group": role(name), "shape": matrix.shape, "experts": matrix.fits}
+                    for reference, residuals in matrix.residuals.items():
+                        pools[role(name)].setdefault(reference, {}).update(residuals)
+                if done % 20 == 0 or done == len(names):
+                    logger.info("residuals of %d of %d matrices", done, len(names))
+            whole: _Pool = {
+                reference: {
+                    origin: entries for pool in pools.values() for origin, entries in pool.get(reference, {}).items()
+                }
+                for reference in settings.references
+            }
+            fitted = list(executor.map(lambda pool: _fit_pool(pool, settings), [whole, *pools.values()]))
     finally:
         experts.close()
-    whole = _Pool(names)
-    for pool in groups.values():
-        for reference, residuals_of in pool.residuals.items():
-            whole.residuals.setdefault(reference, {}).update(residuals_of)
     document = {
         "side": settings.side,
         "references": list(settings.references),
         "entries_per_matrix": settings.entries_per_matrix,
         "seed": settings.seed,
         "experts": list(folders),
-        "model": _fit_pool(whole, settings.references, settings.seed),
-        "groups": {
-            group: {"matrices": pool.names, **_fit_pool(pool, settings.references, settings.seed)}
-            for group, pool in groups.items()
-        },
+        "model": fitted[0],
+        "groups": {group: {"matrices": groups[group], **fits} for group, fits in zip(groups, fitted[1:], strict=True)},
         "matrices": matrices,
         "left_out": left_out,
     }
@@ -107,6 +112,25 @@ def tail(project: Project, params: Params) -> StageReport:
     partial.replace(project.tail_json)
     draw_residuals(document, project.residuals_png)
     return _report(project, document)
+
+
+@contextmanager
+def _workers(experts: ExpertSet, names: Sequence[str]) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each take a matrix at a time: as many as torch would use, fewer where the matrices are large.
+
+    Operations here are too small to be shared between threads, so each worker runs them in one.
+    """
+    largest = max((math.prod(experts.base.shape(name)) for name in names), default=1)
+    footprint = 4 * 4 * largest * (len(experts.experts) + 1)  # float32 deltas and TIES' three copies of them
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(
+        max(1, min(threads, MEMORY // footprint)), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _matrices(experts: ExpertSet, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -119,46 +143,42 @@ def _matrices(experts: ExpertSet, name: str) -> Iterator[tuple[str, Tensor]]:
         yield name, deltas.mT if experts.transposed(name) else deltas
 
 
-def _generator(seed: int, matrix: str) -> torch.Generator:
-    """A stream of its own for each matrix: the sample does not depend on which other matrices there are."""
-    digest = hashlib.sha256(f"{seed}:{matrix}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+def _fit_matrix(experts: ExpertSet, name: str, matrix: str, deltas: Tensor, settings: TailParams, keep: int) -> _Matrix:
+    """Fit each residual of one matrix by itself, in its own units, and keep `keep` entries of it for the pool."""
+    # A stream of its own for each matrix: the sample does not depend on which other matrices there are.
+    digest = hashlib.sha256(f"{settings.seed}:{matrix}".encode()).digest()
+    entries = residual_entries(
+        deltas,
+        torch.stack([REFERENCES[reference](deltas) for reference in settings.references]),
+        side=settings.side,
+        count=settings.entries_per_matrix,
+        generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1),
+    )
+    out, width = deltas.shape[1:]
+    cells = {"output": width * width, "input": out * out, "both": width * out}[settings.side]
+    one = _Matrix(matrix, [out, width])
+    for i, expert in enumerate(experts.touching(name)):
+        one.fits[expert] = {}
+        for j, reference in enumerate(settings.references):
+            magnitudes, median = standardised(entries[j, i])
+            filled = magnitudes.numel() / entries.shape[-1]
+            row: dict[str, Any] = {"zeros": 1 - filled}
+            if magnitudes.numel() >= FEWEST_ENTRIES:
+                fit = fit_student_t(magnitudes)
+                entry_scale = fit["scale"] * median
+                # r_i is the norm of the whole residual: its scale is an entry's, over all that are not zero.
+                scale = entry_scale * math.sqrt(cells * filled)
+                row |= {"tail_index": fit["tail_index"], "median": median, "entry_scale": entry_scale, "scale": scale}
+                # float() copies, so that the pool does not hold on to all entries of the matrix.
+                one.residuals.setdefault(reference, {})[f"{matrix} {expert}"] = magnitudes[:keep].float()
+            one.fits[expert][reference] = row
+    return one
 
 
-def _each(entries: Tensor, references: Sequence[str], experts: Sequence[str]) -> Iterator[tuple[str, str, Tensor]]:
-    for j, reference in enumerate(references):
-        for i, expert in enumerate(experts):
-            yield reference, expert, entries[j, i]
-
-
-def _fit_matrix(
-    matrix: str, residuals: Iterator[tuple[str, str, Tensor]], cells: int, keep: int, pool: _Pool
-) -> dict[str, dict[str, Any]]:
-    """expert → reference → its own Student-t fit, in the residual's units; `keep` entries of each go to the pool."""
-    fits: dict[str, dict[str, Any]] = {}
-    for reference, expert, entries in residuals:
-        magnitudes, median = standardised(entries)
-        filled = magnitudes.numel() / entries.numel()
-        row: dict[str, Any] = {"zeros": 1 - filled}
-        if magnitudes.numel() >= FEWEST_ENTRIES:
-            fit = fit_student_t(magnitudes)
-            entry_scale = fit["scale"] * median
-            # r_i is the norm of the whole residual, so its scale is the entries' over all that are not zero.
-            row |= {
-                "tail_index": fit["tail_index"],
-                "median": median,
-                "entry_scale": entry_scale,
-                "scale": entry_scale * (cells * filled) ** 0.5,
-            }
-            # float() copies, so the pool does not hold on to all entries of the matrix.
-            pool.residuals.setdefault(reference, {})[f"{matrix} {expert}"] = magnitudes[:keep].float()
-        fits.setdefault(expert, {})[reference] = row
-    return fits
-
-
-def _fit_pool(pool: _Pool, references: Sequence[str], seed: int) -> dict[str, Any]:
-    each = {reference: _fit(pool.parts([reference]), seed) for reference in references}
-    return {"pooled": _fit(pool.parts(references), seed), "references": each}
+def _fit_pool(pool: _Pool, settings: TailParams) -> dict[str, Any]:
+    parts = {reference: list(pool.get(reference, {}).items()) for reference in settings.references}
+    each = {reference: _fit(one, settings.seed) for reference, one in parts.items()}
+    return {"pooled": _fit([part for one in parts.values() for part in one], settings.seed), "references": each}
 
 
 def _fit(parts: list[tuple[str, Tensor]], seed: int) -> dict[str, Any] | None:

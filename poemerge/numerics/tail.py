@@ -241,9 +241,10 @@ def select(fit: TailFit, among: Sequence[str] = tuple(FAMILIES)) -> Selection:
     others = [name for name in among if name != taken]
     if taken != best:
         gain = fit.gains[best][taken]
+        why = "has fewer parameters" if preference(taken)[0] < preference(best)[0] else "is one that the merge can use"
         reason = (
             f"{best} is ahead by {gain.mean:.2g} ± {gain.standard_error:.2g} nats an entry held out: within the noise, "
-            "so the simpler family is taken"
+            f"and {taken} {why}"
         )
     elif others:
         second = max(others, key=lambda name: fit.fits[name].held_out)

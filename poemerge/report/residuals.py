@@ -33,7 +33,7 @@ LINES: dict[str, tuple[str, str, Any, float]] = {
     "laplace": ("Laplace", "#cc79a7", (0, (3, 1.5, 1, 1.5)), 1.3),
     "gaussian": ("Gaussian", "#56b4e9", (0, (5, 2)), 1.3),
 }
-RESIDUAL = {"output": "$A^T(\\Theta-A)$", "input": "$(\\Theta-A)A^T$", "both": "$\\hat{A}^T(\\Theta-A)\\hat{A}^T$"}
+RESIDUAL = {"output": "Aᵀ(Θ − A)", "input": "(Θ − A)Aᵀ", "both": "Âᵀ(Θ − A)Âᵀ"}
 COLUMNS = 3
 LEFT = 0.1
 """In medians: below, every density of R is flat."""
@@ -115,6 +115,8 @@ def _density_panel(axes: Axes, name: str, fits: Mapping[str, Any], limits: tuple
 
 
 def _hill_panel(axes: Axes, fits: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator
+
     for reference, one in fits["references"].items():
         if one is None:
             continue
@@ -125,6 +127,8 @@ def _hill_panel(axes: Axes, fits: Mapping[str, Any]) -> None:
         axes.plot(curve["k"], curve["tail_index"], color=colour, linewidth=1.3)
         axes.plot(curve["k"][at], curve["tail_index"][at], marker=marker, color=colour, markersize=6)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("k largest entries (marked: read off)", fontsize=9)
     axes.set_ylabel("tail index", fontsize=9)
