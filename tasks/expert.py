@@ -100,5 +100,11 @@ def _report(document: Mapping[str, Any], params: Params) -> StageReport:
             f"the tail was fitted on side {document['side']} and the merge works on side {params.merge.side}: "
             "set tail.side to the same"
         )
-    groups = f", {len(document['groups'])} layer groups apart" if params.expert.per == "group" else ""
-    return StageReport(f"{_named(document)}{groups}: {document['reason']}", rows, warnings=warnings)
+    groups = f" and {len(document['groups'])} layer groups apart" if params.expert.per == "group" else ""
+    fitted = document["fitted"]
+    how = (
+        f"selected by the tail fit (best of all: {fitted['best']})"
+        if params.expert.family == "auto"
+        else f"fixed in params.yaml; the tail fit says {_named(fitted)}"
+    )
+    return StageReport(f"{_named(document)}{groups}, {how}", rows, warnings=warnings)
