@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from poemerge.merging import FamilyChoice, MergeResult, Selection
+from poemerge.merging import MergeResult, Selection
 from poemerge.merging import merge as merge_checkpoints
 from poemerge.params import Params
 from poemerge.project import Project
@@ -20,18 +20,18 @@ _REPORT_SECONDS = 5.0
 
 
 def merge(project: Project, params: Params) -> StageReport:
-    """Merge data/experts into artifacts/merged; with `expert.family: auto` the family is the one in expert.json.
+    """Merge data/experts into artifacts/merged, with the expert family that expert.json selects.
 
     Raises CheckpointError or BadInputError where base, experts and params do not fit together.
     """
     started = time.monotonic()
-    selection = (
-        Selection.read(project.expert_json)
-        if params.expert.family == "auto"
-        else Selection(FamilyChoice(params.expert.family, params.expert.tail_index))
-    )
     result = merge_checkpoints(
-        project.base, project.expert_folders(), project.merged, params.merge, selection, progress=_Logger()
+        project.base,
+        project.expert_folders(),
+        project.merged,
+        params.merge,
+        Selection.read(project.expert_json),
+        progress=_Logger(),
     )
     return _report(result, time.monotonic() - started)
 

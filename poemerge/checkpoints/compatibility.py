@@ -90,7 +90,7 @@ def shape_problems(
 def foreign_problems(
     base: Checkpoint, weights: Checkpoint, full: Mapping[str, str], path: Path, expert: str
 ) -> Iterator[Problem]:
-    """A full expert must hold most of the base's parameters, with values near the base's; `full`: base name → its own."""
+    """A full expert must hold most of the base's parameters, with values near the base's (`full`: base name → own)."""
     wanted = [name for name in base.names() if base.dtype(name) in FLOATS]
     if 2 * base.total_bytes(full) <= base.total_bytes(wanted):
         example = next((name for name in wanted if name not in full), "")

@@ -300,8 +300,14 @@ def _meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterat
     if isinstance(expert.source, Adapter):
         own_full, own_lora = list(expert.source.full), list(expert.source.modules)
     else:
-        own_full, own_lora = [n for n in expert.source.names() if expert.source.dtype(n) in FLOATS], []
+        own_full, own_lora = expert.source.names(), []
     matched = match_names(in_base, own_full + own_lora)
+    # Buffers of integers are no weights, but an integer where the base has a weight is told below.
+    own_full = [
+        own
+        for own in own_full
+        if expert.weights.dtype(expert.stored(own)) in FLOATS or (own in matched and base.dtype(matched[own]) in FLOATS)
+    ]
     for own in own_lora:
         if own not in matched:
             yield Problem(

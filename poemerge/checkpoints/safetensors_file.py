@@ -42,6 +42,9 @@ HEADER_LIMIT = 100_000_000
 """The safetensors library's own limit on the header, in bytes."""
 
 _READ_CHUNK = 1 << 30
+_ADVICE = "fetch or write the file again: it is truncated or damaged"
+_TOLD = 3
+"""A truncated file makes a problem of every tensor behind the cut: so many are told, the others counted."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -211,7 +214,7 @@ def _parse(
             entries.append(found)
         else:
             got, expected = found
-            problems.append(Problem(str(path), got, expected, "fetch or write the file again", expert, name))
+            problems.append(Problem(str(path), got, expected, _ADVICE, expert, name))
     entries.sort(key=lambda entry: (entry.start, entry.end))
     at = origin
     for entry in entries if not problems else ():
@@ -222,7 +225,7 @@ def _parse(
                     str(path),
                     f"{kind} the bytes at {entry.start - origin}",
                     "tensors one after the other, each byte once",
-                    "fetch or write the file again",
+                    _ADVICE,
                     expert,
                     entry.name,
                 )
@@ -238,6 +241,9 @@ def _parse(
                 expert,
             )
         )
+    if len(problems) > _TOLD:
+        more = f"{len(problems) - _TOLD} further tensors of this file are wrong too"
+        problems = [*problems[:_TOLD], Problem(str(path), more, "none", _ADVICE, expert)]
     return {entry.name: entry for entry in entries}, metadata, problems
 
 

@@ -76,6 +76,7 @@ class ShardFile:
         self._hash = hashlib.sha256()
         self._hashed = 0
         self._partial = self.path.with_name(self.path.name + ".partial")
+        self._descriptor = -1
         try:
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -86,6 +87,7 @@ class ShardFile:
                     raise
             self._write(len(text).to_bytes(8, "little") + text, 0)
         except OSError as error:
+            self.abandon()
             raise _cannot_write(self._partial, error) from error
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:

@@ -252,8 +252,11 @@ def _not_finite(experts: ExpertSet, error: NotFiniteError) -> Problem:
             expert = next((one for one, own in deltas.whole.items() if not bool(own.isfinite().all())), None)
     one = experts.experts[expert] if expert is not None else None
     own = None if one is None else one.full.get(name) or one.lora.get(name)
+    path = experts.base.file(name).path
+    if one is not None:
+        path = one.weights.file(one.stored(one.full[name])).path if name in one.full else one.weights.path
     return Problem(
-        str(one.weights.path if one is not None else experts.base.file(name).path),
+        str(path),
         "NaN or infinite entries",
         "finite numbers",
         "check how this model was trained and saved, or leave it out",
