@@ -177,7 +177,7 @@ def in_project(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str
         env=kept | stack.client_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1100,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -248,11 +248,12 @@ def test_what_runs_once_may_run_again(stack: Stack) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.timeout(1500)
 def test_the_pipeline_runs_on_them(stack: Stack, team: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker takes a run of the deployment; the model is in MLflow, its bytes and DVC's are in S3."""
     with dvc_remote(team.root):
         stack.up(["install", "worker"])
-        in_project(stack, "prefect", "deployment", "run", "remerge/remerge", "--watch", "--watch-timeout", "400")
+        in_project(stack, "prefect", "deployment", "run", "remerge/remerge", "--watch", "--watch-timeout", "1000")
     assert all(team.stage_report(stage).is_file() for stage in STAGES)
     assert stack.healthy("worker")
     for key, value in stack.client_environment().items():
