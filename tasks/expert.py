@@ -103,7 +103,7 @@ def _report(document: Mapping[str, Any], params: Params) -> StageReport:
     groups = f" and {len(document['groups'])} layer groups apart" if params.expert.per == "group" else ""
     fitted = document["fitted"]
     how = (
-        f"selected by the tail fit (best of all: {fitted['best']})"
+        f"selected by the tail fit (best of all families: {fitted['best'] or 'none, nothing to fit'})"
         if params.expert.family == "auto"
         else f"fixed in params.yaml; the tail fit says {_named(fitted)}"
     )
