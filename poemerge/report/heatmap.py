@@ -18,7 +18,10 @@ def diverging(value: float) -> tuple[str, str]:
     end = _HIGH if value > 0 else _LOW
     share = abs(value)
     mixed = [round(middle + (other - middle) * share) for middle, other in zip(_MIDDLE, end, strict=True)]
-    return "#{:02x}{:02x}{:02x}".format(*mixed), "#ffffff" if share > 0.55 else "#17202b"
+    # WCAG's relative luminance; at 0.179 black and white have the same contrast, 4.58.
+    linear = [part / 3294.6 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in mixed]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#{:02x}{:02x}{:02x}".format(*mixed), "#000000" if luminance > 0.179 else "#ffffff"
 
 
 def heatmap(
@@ -76,8 +79,8 @@ def heatmap(
             )
             if text is not None:
                 parts.append(
-                    f'<text font-size="11" x="{x + (cell - 1) / 2:.1f}" {middle} text-anchor="middle" fill="{ink}" '
-                    f'pointer-events="none">{esc(text(value))}</text>'
+                    f'<text font-size="11" x="{x + (cell - 1) / 2:.1f}" {middle} text-anchor="middle" '
+                    f'style="fill:{ink}" pointer-events="none">{esc(text(value))}</text>'
                 )
     return Safe(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top + len(rows) * height + 4}" role="img" '

@@ -86,7 +86,7 @@ def details(summary: object, body: Safe) -> Safe:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """A fraction as a percentage; a dash for None."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    return "–" if value is None else f"{100 * value:.{digits}f}\u202f%"
 
 
 def points(value: float) -> str:

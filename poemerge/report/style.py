@@ -75,16 +75,18 @@ def svg_of(drawn: Figure, identity: str, title: str, description: str) -> str:
     """
     from html import escape
 
+    import matplotlib as mpl
+
     stream = io.StringIO()
-    drawn.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with mpl.rc_context(_SETTINGS):  # text as text is decided here, when the figure is written
+        drawn.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{identity}-", svg)
     # What matplotlib draws black is the page's own ink: in dark mode it turns light.
     svg = re.sub(r"(fill|stroke): #(000000|000)\b", r"\1: currentColor", svg)
-    svg = re.sub(r'(<g id="[^"]*text_[^"]*">\s*<text style=")', r"\1fill: currentColor; ", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--sans)", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page's own font
     head = re.match(r"<svg[^>]*>", svg)
     assert head is not None
     box = re.search(r'viewBox="[^"]*"', head[0])

@@ -31,26 +31,36 @@ def score_key(**inputs: Any) -> str:
 
 
 class ScoreStore:
-    """Scores in the folder `root`. Files are written whole under a new name: links to DVC's cache are safe."""
+    """Scores in the folder `root`; those in `others` are read too and never written.
 
-    def __init__(self, root: Path) -> None:
+    Files are written whole under a new name: links to DVC's cache are safe.
+    """
+
+    def __init__(self, root: Path, *others: Path) -> None:
         self.root = root
+        self._places = (root, *others)
         self._used: set[str] = set()
 
     def parquet(self, key: str) -> Path:
-        """Where the predictions of `key` lie."""
-        return self.root / f"{key}.parquet"
+        """Where the predictions of `key` lie, or will."""
+        return self._place(key) / f"{key}.parquet"
 
     def has(self, key: str) -> bool:
         """Whether the score of `key` is there, whole."""
-        return (self.root / f"{key}.json").is_file() and self.parquet(key).is_file()
+        return (self._place(key) / f"{key}.json").is_file()
+
+    def _place(self, key: str) -> Path:
+        def whole(folder: Path) -> bool:
+            return (folder / f"{key}.json").is_file() and (folder / f"{key}.parquet").is_file()
+
+        return next((folder for folder in self._places if whole(folder)), self.root)
 
     def get(self, key: str) -> tuple[Scored, Columns]:
         """The score and predictions kept under `key`; marks them as used."""
         import pyarrow.parquet as pq
 
         self._used.add(key)
-        content = json.loads((self.root / f"{key}.json").read_text(encoding="utf-8"))
+        content = json.loads((self._place(key) / f"{key}.json").read_text(encoding="utf-8"))
         # The path as a file: pyarrow takes a folder `a=b` on the way as a partition otherwise.
         with self.parquet(key).open("rb") as stream:
             table = pq.ParquetFile(stream).read()
@@ -66,7 +76,7 @@ class ScoreStore:
         self.root.mkdir(parents=True, exist_ok=True)
         partial = self.root / f"{scored.key}.parquet.partial"
         pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), partial)
-        partial.replace(self.parquet(scored.key))
+        partial.replace(self.root / f"{scored.key}.parquet")
         partial = self.root / f"{scored.key}.json.partial"
         content = json.dumps({**about, **asdict(scored)}, indent=1, ensure_ascii=False)
         partial.write_text(content + "\n", encoding="utf-8")
