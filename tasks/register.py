@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from poemerge.params import Params
 from poemerge.project import Project
-from poemerge.registry.registration import Registration, register_merged
+from poemerge.registry.registration import Registration, log_report, register_merged
+from poemerge.report.write import write_report
 from tasks.report import StageReport
 
 __all__ = ["register"]
@@ -16,6 +17,8 @@ def register(project: Project, params: Params) -> StageReport:
     Raises RegistryError when the registry refuses or the merged folder is not complete.
     """
     registration = register_merged(project, params)
+    # The page tells the gates, so it comes after them; the version's run keeps it beside the rest.
+    log_report(project, registration.version, write_report(project, params))
     failed = [gate for gate in registration.gates if gate.verdict == "fail"]
     return StageReport(
         headline=_headline(registration),

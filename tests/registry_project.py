@@ -1,4 +1,4 @@
-"""A project as the evaluate stage leaves it, made in a second: tiny real models, scored by the real suites."""
+"""A project as the evaluate stage leaves it: tiny real models, merged and scored by the real stages."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
-from poemerge.checkpoints.digest import file_digest, folder_digest
-from poemerge.params import SuiteParams
+from poemerge.checkpoints import file_digest, folder_digest, weights_digest
 from poemerge.project import Project
-from poemerge.suites.protocol import Model, SuiteSpec, open_suite
-from poemerge.suites.runtime import choose_runtime
-from poemerge.suites.store import Scored, ScoreStore, score_key
+from tasks.evaluate import evaluate
+from tasks.merge import merge
 from tests.tiny import HIDDEN, make_base, make_full_expert, make_suite
 
 CLASSES = 3
@@ -37,6 +35,8 @@ def make_project(root: Path, experts: Mapping[str, int], *, git: bool = False, r
     write_params(project, experts, register)
     (root / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     (root / "dvc.lock").write_text("schema: '2.0'\n", encoding="utf-8")
+    project.artifacts.mkdir()
+    project.expert_json.write_text('{"family": "gaussian", "reason": "as params.yaml says"}', encoding="utf-8")
     for name, seed in experts.items():
         land(project, name, seed)
     merge_and_score(project)
@@ -54,11 +54,14 @@ def write_params(project: Project, experts: Mapping[str, int], register: Any = N
     content = {
         "base": {"source": "elsewhere/base"},
         "experts": {name: {"source": f"elsewhere/{name}"} for name in experts},
-        "merge": {"method": "mean"},
+        "expert": {"family": "gaussian"},
+        "merge": {"method": "mean", "device": "cpu"},
         "evaluate": {
             "suites": {name: {"data": f"elsewhere/{name}"} for name in experts},
+            "baselines": ["mean"],
             "device": "cpu",
             "dtype": "float32",
+            "bootstrap_samples": 200,
         },
         "register": {"model": "tiny", **(register or {})},
     }
@@ -109,77 +112,22 @@ def rewrite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def merge_and_score(project: Project, noise: float = 0.0, seed: int = 0) -> None:
-    """artifacts/merged (the mean, with Gaussian `noise` on every weight) and metrics/evaluation.json."""
-    shutil.rmtree(project.merged, ignore_errors=True)
-    (project.merged / "heads").mkdir(parents=True)
-    for file in project.base.iterdir():
-        if file.suffix in {".json", ".txt"} and file.name != "source.json":
-            shutil.copy(file, project.merged)
-    parts = {name: load_file(folder / "model.safetensors") for name, folder in project.expert_folders().items()}
-    generator = torch.Generator().manual_seed(seed)
-    merged = {}
-    for name, value in load_file(project.base / "model.safetensors").items():
-        mean = torch.stack([part[name].float() for part in parts.values()]).mean(0)
-        merged[name] = (mean + noise * torch.randn(mean.shape, generator=generator)).to(value.dtype)
-    rewrite(project.merged / "model.safetensors", merged)
-    for name, part in parts.items():
-        rewrite(project.merged / "heads" / f"{name}.safetensors", {"head.weight": part["head.weight"]})
-    write_merge_json(project, sorted(parts))
-    score(project)
-
-
-def write_merge_json(project: Project, experts: list[str]) -> None:
-    sources = {name: json.loads((project.expert(name) / "source.json").read_text()) for name in experts}
-    content = {
-        "method": "mean",
-        "settings": {"coefficient": 1.0},
-        "base": json.loads((project.base / "source.json").read_text()),
-        "experts": {name: {**s, "kind": "full"} for name, s in sources.items()},
-        "rules": {"merged": ["encoder"], "averaged": [], "left_at_base": [], "private": {}},
-        "digest": file_digest(project.merged / "model.safetensors"),
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    project.merge_json.write_text(json.dumps(content), encoding="utf-8")
-    line = {"name": "encoder.layer.0.w", "rule": "matrix", "weights": dict.fromkeys(experts, 1 / len(experts))}
-    project.ledger.write_text(json.dumps(line) + "\n", encoding="utf-8")
-
-
-def score(project: Project) -> None:
-    """metrics/evaluation.json as the evaluate stage writes it, for the merged model and each task's expert."""
+    """The stages merge and evaluate; between them every merged weight may get Gaussian `noise`."""
     params = project.load_params()
-    runtime, store = choose_runtime("cpu", "float32", 64), ScoreStore(project.scores)
-    suites: dict[str, Any] = {}
-    for name in project.expert_folders():
-        settings = params.evaluate.suites.get(name, SuiteParams())
-        suite = open_suite(SuiteSpec(name, settings, project.suite(name)))
-        examples = suite.load()
-        head = project.merged / "heads" / f"{name}.safetensors"
-        row: dict[str, float] = {}
-        files: dict[str, str] = {}
-        for who, folder in (("base", project.base), ("expert", project.expert(name)), ("merged", project.merged)):
-            columns = suite.predict(Model(who, folder, project.base, head), runtime)
-            key = score_key(who=who, name=name, digest=folder_digest(folder))
-            store.put(Scored(key, suite.score(columns), examples, 0.0), columns, {"model": who, "suite": name})
-            row[who] = suite.score(columns)["accuracy"]
-            files[who] = store.parquet(key).relative_to(project.root).as_posix()
-            runtime.release()
-        suites[name] = {
-            "kind": "text-classification",
-            "metric": "accuracy",
-            "examples": examples,
-            "data_digest": folder_digest(project.suite(name)),
-            "expert_name": name,
-            **row,
-            "normalised": row["merged"] / row["expert"],
-            "baselines": {"mean": row["merged"]},
-            "predictions": files,
+    merge(project, params)
+    if noise:
+        generator = torch.Generator().manual_seed(seed)
+        path = project.merged / "model.safetensors"
+        tensors = {
+            name: (value + noise * torch.randn(value.shape, generator=generator)).to(value.dtype)
+            for name, value in load_file(path).items()
         }
-    mean = {
-        key: sum(s[key] for s in suites.values()) / len(suites) for key in ("base", "expert", "merged", "normalised")
-    }
-    project.evaluation_json.parent.mkdir(exist_ok=True)
-    project.evaluation_json.write_text(json.dumps({"suites": suites, "mean": mean}), encoding="utf-8")
+        rewrite(path, tensors)
+        record = json.loads(project.merge_json.read_text())
+        project.merge_json.unlink()
+        digest = weights_digest({path.name: file_digest(path)})
+        project.merge_json.write_text(json.dumps({**record, "digest": digest}), encoding="utf-8")
+    evaluate(project, params)
 
 
 _migrated: list[bytes] = []

@@ -61,6 +61,7 @@ def test_the_first_merge_is_candidate_and_champion(project: Project) -> None:
         "merge",
         "evaluation",
         "predictions",
+        "report",
     }
 
 

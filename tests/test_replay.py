@@ -18,16 +18,15 @@ from poemerge.cli.main import main
 from poemerge.project import Project
 from poemerge.registry.replay import Recipe, compare
 from poemerge.registry.versions import Version
-from tasks.merge import merge
 from tasks.register import register
-from tests.registry_project import copied, rewrite, score
+from tests.registry_project import copied, merge_and_score, rewrite
 
 PIPELINE = {
     "stages": {
-        "fetch": {"cmd": "true", "outs": ["data/base", "data/experts", "data/suites"]},
+        "fetch": {"cmd": "true", "outs": ["data/base", "data/experts", "artifacts/expert.json"]},
         "merge": {
             "cmd": "python -m tasks merge",
-            "deps": ["data/base", "data/experts"],
+            "deps": ["data/base", "data/experts", "artifacts/expert.json"],
             "params": ["merge"],
             "outs": ["artifacts/merged"],
         },
@@ -54,15 +53,14 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Project:
     shutil.copytree(Path(tasks.__path__[0]), root / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "dvc.yaml").write_text(yaml.safe_dump(PIPELINE))
     params = yaml.safe_load(project.params_yaml.read_text())
-    params |= {"merge": {"method": "poe", "device": "cpu"}, "expert": {"family": "cauchy"}}
+    params |= {"merge": {"method": "poe", "device": "cpu"}}
     project.params_yaml.write_text(yaml.safe_dump(params))
     (root / "dvc.lock").unlink()
     call(sys.executable, "-m", "dvc", "init", "-q", cwd=root)
     call(sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "store", str(folder / "remote"), cwd=root)
     git("add", "-A", cwd=root)
     git("commit", "-q", "-m", "pipeline", cwd=root)
-    merge(project, project.load_params())
-    score(project)
+    merge_and_score(project)
     call(sys.executable, "-m", "dvc", "commit", "-q", "-f", cwd=root)
     call(sys.executable, "-m", "dvc", "push", "-q", cwd=root)
     # Neither in the commit: what the registry keeps has to do.

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -20,7 +21,7 @@ from poemerge.registry.record import record
 from poemerge.registry.tracking import connect, speaking, tracking_uri
 from poemerge.registry.versions import CHAMPION, Version, alias_version, find_version
 
-__all__ = ["Registration", "judge_and_move", "register_merged"]
+__all__ = ["Registration", "judge_and_move", "log_report", "register_merged"]
 
 log = logging.getLogger(__name__)
 TRIES = 5
@@ -83,6 +84,13 @@ def register_merged(project: Project, params: Params) -> Registration:
         )
     _write(project, registration)
     return registration
+
+
+def log_report(project: Project, version: Version, page: Path) -> None:
+    """Keeps the report, `page`, with the run of `version`. Raises RegistryError."""
+    client = connect(project)
+    with speaking(tracking_uri(project)):
+        client.log_artifact(version.run_id, str(page), "report")
 
 
 def judge_and_move(
