@@ -53,12 +53,16 @@ class Repository:
 
 
 class Hub:
-    """The server and its repositories; use as a context manager. `requests` lists (method, path) as they came."""
+    """The server and its repositories; use as a context manager. `requests` lists (method, path) as they came.
+
+    `resumed` lists the files of which a later part was asked for.
+    """
 
     def __init__(self, port: int = 0) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
+        self.resumed: list[str] = []
         self._guard = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self._server.daemon_threads = True
@@ -231,6 +235,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if self.fault is not None and self.fault.kind == "wrong_bytes":
                 content = bytes(byte ^ 1 for byte in content)
             if wanted and self.command == "GET":
+                hub.resumed.append(name)
                 status = 206
                 headers["Content-Range"] = f"bytes {wanted[1]}-{len(content) - 1}/{len(content)}"
                 content = content[int(wanted[1]) :]

@@ -269,6 +269,30 @@ def test_a_hundred_repositories_cost_a_hundred_requests_and_write_nothing(
     assert project.sources_lock.stat().st_ino == inode
 
 
+def test_a_download_that_broke_off_goes_on_where_it_was(
+    project: Project, hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # our models are small
+    resolved(project)
+    hub.faults.append(Fault("*/team/a/resolve/*/model.safetensors", "truncated", times=1, method="GET"))
+    fetched(project)
+    assert hub.resumed == ["model.safetensors"]
+    assert folder_digest(project.expert("a")) == folder_digest(models / "a")
+
+
+def test_the_next_run_downloads_only_the_files_that_failed(project: Project, hub: Hub, models: Path) -> None:
+    resolved(project)
+    hub.faults.append(Fault("*/team/a/resolve/*/vocab.txt", "status", 500))
+    with pytest.raises(SourceError):
+        fetched(project, RetryPolicy(attempts=1))
+    hub.faults.clear()
+    hub.requests.clear()
+    fetched(project)
+    assert [path.rsplit("/")[-1] for method, path in hub.requests if method == "GET" and "/resolve/" in path] == [
+        "vocab.txt"
+    ]
+
+
 def test_skip_after_a_network_fault_tries_again_in_the_next_run(project: Project, hub: Hub, models: Path) -> None:
     say(project.root, project.params_yaml.read_text() + "fetch: {on_bad_expert: skip}\n")
     hub.push("team/b", models / "b")

@@ -418,6 +418,8 @@ def test_two_experts_of_one_name_are_refused(project: Project, models: Path) -> 
     lock = resolved(project)
     assert lock.experts["a"].source == "models/b"
     assert "would be named a" in lock.waiting["a"]
+    shutil.copy(models / "a" / "model.safetensors", project.root / "models" / "b")
+    assert [c.name for c in resolved(project).changes(lock)] == ["a"]
 
 
 # A hub's tag

@@ -25,8 +25,13 @@ class FolderSource:
 
     def resolve(self, place: Workplace, kind: Kind) -> Revision:
         """The digest of the needed files, of which only those whose stat changed are read."""
-        files = self._files(place, kind)
-        digest = digest_of({name: place.digests.sha256(path) for name, path in files.items()})
+        try:
+            files = self._files(place, kind)
+            digest = digest_of({name: place.digests.sha256(path) for name, path in files.items()})
+        except OSError as error:
+            raise Refusal(
+                f"{type(error).__name__}: {error}", "files that can be read", "check the rights", transient=True
+            ) from error
         return Revision(f"sha256:{digest}", digest)
 
     def bring(self, place: Workplace, kind: Kind, revision: str, into: Path) -> Brought:

@@ -100,7 +100,7 @@ class HubSource:
 
     @speaking_to_hub
     def bring(self, place: Workplace, kind: Kind, revision: str, into: Path) -> Brought:  # noqa: ARG002
-        """Download the needed files of the commit `revision` through the client's cache, which resumes; copy them."""
+        """Download the needed files of the commit `revision` through the client's cache, then copy them."""
         from huggingface_hub import hf_hub_download
 
         if offline():

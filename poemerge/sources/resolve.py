@@ -79,7 +79,7 @@ def resolve(project: Project, params: Params, *, write: bool = True) -> Lock:
         else:
             continue
         del refusals[one]
-        entries |= _as_locked(one, locked)
+        entries = _as_locked(one, locked) | entries
     if refusals:
         raise _error(refusals)
     for name, reason in waiting.items():
@@ -170,8 +170,6 @@ def _resolve_all(
                     raise Refusal("files are being written", "a folder at rest", "wait for the copy", transient=True)
         except Refusal as refusal:
             return refusal
-        except OSError as error:
-            return Refusal(f"{type(error).__name__}: {error}", "files that can be read", "check the rights")
         return entry
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="resolve") as pool:
@@ -193,7 +191,10 @@ def _resolve(one: Wanted, place: Workplace) -> Entry:
 
 def _wait_until_quiet(folder: Path) -> None:
     """Sleep until no file of `folder` was written in the last QUIET_SECONDS; the time of change cannot be set back."""
-    newest = max((file.stat().st_ctime for file in folder.iterdir()), default=0.0)
+    try:
+        newest = max((file.stat().st_ctime for file in folder.iterdir()), default=0.0)
+    except OSError:  # it is being moved or removed: it will be looked at again at once
+        return
     time.sleep(min(QUIET_SECONDS, max(0.0, newest + QUIET_SECONDS - time.time())))
 
 
