@@ -51,7 +51,7 @@ def plan_shards(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max
 
 
 class ShardFile:
-    """A shard being written under `<name>.partial`, tensors or blocks of their rows in any order; `finish` names it.
+    """A shard being written under a temporary name, tensors or blocks of their rows in any order; `finish` names it.
 
     What comes in the order of the file is hashed on its way. Raises PoemergeError where the disk is full or the folder
     cannot be written.
@@ -75,7 +75,8 @@ class ShardFile:
         self._size = self._origin + at
         self._hash = hashlib.sha256()
         self._hashed = 0
-        self._partial = self.path.with_name(self.path.name + ".partial")
+        # A name of its own: two machines may write the same shard when one of them was given up too early.
+        self._partial = self.path.with_name(f"{self.path.name}.{os.urandom(4).hex()}.partial")
         self._descriptor = -1
         try:
             self._partial.parent.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,10 @@ class Job:
     params: MergeParams
     selection: Selection = field(default_factory=Selection)
 
+    def device(self) -> str:
+        """The torch device of this machine that the job is for; raises BadInputError where the machine lacks it."""
+        return choose_device(self.params.device)
+
     def description(self) -> dict[str, Any]:
         """The settings that decide the output's bytes, as JSON."""
         irrelevant = {"engine", "dask_address"}
@@ -45,16 +49,17 @@ class Job:
             "params": self.params.model_dump(mode="json", exclude=irrelevant),
             "coefficient_given": "coefficient" in self.params.model_fields_set,
             "selection": asdict(self.selection),
-            "device": choose_device(self.params.device).split(":")[0],
+            "device": self.device().split(":")[0] if self.params.engine == "local" else self.params.device,
         }
 
 
-def open_job(job: Job) -> tuple[ExpertSet, Plan]:
-    """The job's checkpoints and its plan; raises CheckpointError or BadInputError with every problem."""
+def open_job(job: Job) -> tuple[ExpertSet, Plan, str]:
+    """The job's checkpoints, its plan and the device; raises CheckpointError or BadInputError with every problem."""
+    device = job.device()
     experts = ExpertSet.open(
         Path(job.base), {name: Path(path) for name, path in job.experts.items()}, job.params.include, job.params.exclude
     )
-    return experts, make_plan(experts, job.params, job.selection, choose_device(job.params.device))
+    return experts, make_plan(experts, job.params, job.selection, device), device
 
 
 def run_shards(
@@ -105,6 +110,7 @@ class _Work:
         self._experts = experts
         self._plan = plan
         self._staging = staging
+        self._device = torch.cuda.get_device_name(device) if device != "cpu" else "cpu"
         self._transfer = Transfer(device) if device != "cpu" else None
         self._progress = progress
         self._moved: dict[str, list[bool]] = {}
@@ -204,7 +210,7 @@ class _Work:
             if self._progress is not None:
                 self._progress(self._written, self._total, p.name)
         if unit is self._plan.order[index][-1]:
-            self._staging.record(shard, self._file.finish(), self._ledger)
+            self._staging.record(shard, self._file.finish(), self._ledger, self._device)
             self._file, self._ledger = None, []
 
     def close(self) -> None:

@@ -12,34 +12,22 @@ from typing import Any
 
 import torch
 
-from poemerge.checkpoints import ExpertSet, folder_digest, model_config, save_tensors, weights_digest
-from poemerge.merging.card import licence_of, model_card
+from poemerge.checkpoints import ExpertSet, model_config, save_tensors, weights_digest
+from poemerge.merging.card import model_card
 from poemerge.merging.engine import Job
+from poemerge.merging.identity import source_record
 from poemerge.merging.plan import Plan
 from poemerge.merging.staging import Staging
 from poemerge.provenance import library_versions
 
-__all__ = ["source_record", "write_companions"]
+__all__ = ["write_companions"]
 
 _OURS = {"source.json", "merge.json", "expert.json", "adapter_config.json"}
 _COPIED = {".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken"}
 _COPY_LIMIT = 500_000_000
 
 
-def source_record(folder: Path, with_digest: bool) -> dict[str, Any]:
-    """Where a checkpoint comes from: what its source.json says, else its path; a digest where known or asked for."""
-    try:
-        known = json.loads((folder / "source.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    digest = known.get("digest") or (folder_digest(folder) if with_digest else None)
-    source = known.get("source") or str(folder)
-    return {"source": source, "revision": known.get("revision"), "digest": digest, "license": licence_of(folder)}
-
-
-def write_companions(
-    job: Job, experts: ExpertSet, plan: Plan, staging: Staging, device: str, key: str, with_digests: bool
-) -> dict[str, Any]:
+def write_companions(job: Job, experts: ExpertSet, plan: Plan, staging: Staging, with_digests: bool) -> dict[str, Any]:
     """Write everything but the weights into the staging folder; returns the content of merge.json."""
     records = {shard.file: staging.finished(shard, check=False) for shard in plan.shards}
     ledger = [line for record in records.values() if record is not None for line in record["ledger"]]
@@ -72,10 +60,10 @@ def write_companions(
         },
         "outcomes": dict(sorted(outcomes.items())),
         "digest": weights_digest({file: one["sha256"] for file, one in records.items() if one is not None}),
-        "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
+        "device": ", ".join(sorted({one["device"] for one in records.values() if one is not None})),
         "dtype": job.params.dtype if job.params.dtype != "base" else _common_dtype(plan),
         "versions": library_versions(),
-        "key": key,
+        "key": staging.key,
     }
     staging.write_text(
         staging.folder / "ledger.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ledger)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from poemerge.checkpoints import ExpertSet, write_index
-from poemerge.merging.device import choose_device
 from poemerge.merging.engine import Job, Progress, open_job, run_shards
-from poemerge.merging.output import source_record, write_companions
+from poemerge.merging.identity import input_identities
+from poemerge.merging.output import write_companions
 from poemerge.merging.plan import Plan
 from poemerge.merging.settings import Selection
 from poemerge.merging.staging import Staging, check_output, job_key
@@ -41,7 +41,8 @@ def prepare(
         params,
         selection or Selection(),
     )
-    return job, *open_job(job)
+    checkpoints, plan, _ = open_job(job)
+    return job, checkpoints, plan
 
 
 def merge(
@@ -66,8 +67,7 @@ def merge(
     check_output(out)
     job, checkpoints, plan = prepare(base, experts, params, selection)
     try:
-        device = choose_device(params.device)
-        key = job_key({"inputs": _identities(job), **job.description()})
+        key = job_key({"inputs": input_identities(job), **job.description()})
         staging = Staging(out, key)
         with staging.hold():
             pending = [i for i, shard in enumerate(plan.shards) if staging.finished(shard) is None]
@@ -77,23 +77,10 @@ def merge(
 
                 run_on_cluster(job, plan, pending, staging, progress)
             else:
-                run_shards(checkpoints, plan, pending, staging, device, progress)
+                run_shards(checkpoints, plan, pending, staging, job.device(), progress)
             write_index(staging.folder, plan.shards)
-            record = write_companions(job, checkpoints, plan, staging, device, key, digests)
+            record = write_companions(job, checkpoints, plan, staging, digests)
             staging.publish()
         return MergeResult(out, record, resumed)
     finally:
         checkpoints.close()
-
-
-def _identities(job: Job) -> dict[str, Any]:
-    """What tells one input from another without reading it: its recorded digest, else its files' sizes and times."""
-    return {name: _identity(Path(path)) for name, path in [("", job.base), *job.experts.items()]}
-
-
-def _identity(folder: Path) -> Any:
-    digest = source_record(folder, with_digest=False)["digest"]
-    if digest is not None:
-        return digest
-    files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]

@@ -55,6 +55,7 @@ class Staging:
 
     def __init__(self, out: Path, key: str) -> None:
         self.out = out
+        self.key = key
         self.folder = out.absolute().parent / f".{out.name}.{key}.partial"
 
     @property
@@ -88,15 +89,14 @@ class Staging:
                 return known
         except (OSError, ValueError, KeyError):
             pass
-        for path in (record, file, file.with_name(file.name + ".partial")):
+        for path in (record, file, *self.folder.glob(f"{file.name}.*.partial")):
             path.unlink(missing_ok=True)
         return None
 
-    def record(self, shard: Shard, sha256: str, ledger: list[dict[str, Any]]) -> None:
-        """Note that `shard` is finished."""
-        self.write_text(
-            self.records / f"{shard.file}.json", json.dumps({"sha256": sha256, "ledger": ledger}, ensure_ascii=False)
-        )
+    def record(self, shard: Shard, sha256: str, ledger: list[dict[str, Any]], device: str) -> None:
+        """Note that `shard` is finished, and on which device."""
+        note = {"sha256": sha256, "device": device, "ledger": ledger}
+        self.write_text(self.records / f"{shard.file}.json", json.dumps(note, ensure_ascii=False))
 
     @staticmethod
     def write_text(path: Path, text: str) -> None:
@@ -108,6 +108,8 @@ class Staging:
 
     def publish(self) -> None:
         """Give the finished folder the output's name; an earlier merge of that name goes, and so do stale stagings."""
+        for left in self.folder.rglob("*.partial"):  # of a worker that was lost and whose work was done again
+            left.unlink()
         replaced = self.folder.with_name(self.folder.name + ".replaced.partial")
         if self.out.exists():
             shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,121 @@
+"""Stage task_vectors: the manifest's norms, densities and cosines against plain arithmetic on the checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from poemerge.checkpoints import ExpertSet, statistics
+from poemerge.errors import CheckpointError
+from poemerge.params import Params
+from poemerge.project import Project
+from tasks.task_vectors import task_vectors
+from tests.tiny import make_base, make_full_expert, make_lora_expert
+
+QUERY = "encoder.layer.0.attention.self.query.weight"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project whose data are fetched: two full experts and two adapters."""
+    project = Project(tmp_path)
+    base = make_base(project.base)
+    make_full_expert(base, project.expert("full"), seed=1)
+    make_full_expert(base, project.expert("other"), seed=2)
+    make_lora_expert(base, project.expert("lora"), seed=3)
+    make_lora_expert(base, project.expert("lora2"), seed=4)
+    for folder in project.experts.iterdir():
+        (folder / "source.json").write_text("{}")
+    return project
+
+
+def _params(project: Project) -> Params:
+    return Params.model_validate(
+        {"base": {"source": "x"}, "experts": {name: {"source": "x"} for name in project.expert_folders()}}
+    )
+
+
+def _manifest(project: Project) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(project.task_vectors_manifest.read_text())
+    return found
+
+
+def test_manifest_is_plain_arithmetic(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_BLOCK_ENTRIES", 700)  # several blocks in most parameters
+    full = project.expert("full") / "model.safetensors"
+    tensors = load_file(full)
+    base = load_file(project.base / "model.safetensors")
+    tensors[QUERY][::2] = base[QUERY][::2]
+    save_file(tensors, full)
+    report = task_vectors(project, _params(project))
+    manifest = _manifest(project)
+    experts = ExpertSet.open(project.base, project.expert_folders())
+    names = list(experts.experts)
+    vectors = {
+        expert: torch.cat([experts.delta(expert, name).double().flatten() for name in experts.names()])
+        for expert in names
+    }
+    for expert, vector in vectors.items():
+        one = manifest["experts"][expert]
+        assert one["norm"] == pytest.approx(float(vector.norm()), rel=1e-5)
+        assert one["kind"] == ("adapter" if expert.startswith("lora") else "full")
+        assert one["private"] == ["head.weight"]
+    for i, first in enumerate(names):
+        for j, second in enumerate(names):
+            expected = torch.nn.functional.cosine_similarity(vectors[first], vectors[second], dim=0)
+            assert manifest["cosine"]["whole"][i][j] == pytest.approx(float(expected), abs=1e-5)
+    group = manifest["cosine"]["groups"]["encoder.layer.attention.self.query"]
+    query = [f"encoder.layer.{layer}.attention.self.query.{kind}" for layer in (0, 1) for kind in ("weight", "bias")]
+    parts = [torch.cat([experts.delta(expert, name).double().flatten() for name in query]) for expert in names]
+    assert group[0][1] == pytest.approx(float(torch.nn.functional.cosine_similarity(*parts[:2], dim=0)), abs=1e-5)
+    assert manifest["experts"]["full"]["parameters"][QUERY]["density"] == pytest.approx(0.5, abs=0.01)
+    assert manifest["experts"]["full"]["parameters"][QUERY]["norm"] == pytest.approx(
+        float(experts.delta("full", QUERY).norm()), rel=1e-5
+    )
+    assert len(report.table) == 4
+    assert "4 task vectors" in report.headline
+
+
+def test_adapters_alone_stay_factored(project: Project) -> None:
+    import shutil
+
+    for name in ("full", "other"):
+        shutil.rmtree(project.expert(name))
+    task_vectors(project, _params(project))
+    manifest = _manifest(project)
+    assert {p["kind"] for p in manifest["experts"]["lora"]["parameters"].values()} == {"factored"}
+    experts = ExpertSet.open(project.base, project.expert_folders())
+    deltas = [experts.deltas(name).double().flatten(1) for name in experts.names() if experts.touching(name)]
+    first, second = torch.cat(deltas, dim=1)
+    expected = float(torch.nn.functional.cosine_similarity(first, second, dim=0))
+    assert manifest["cosine"]["whole"][0][1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_warnings_name_twins_and_idle_experts(project: Project) -> None:
+    for name, origin in (("twin", project.expert("full")), ("idle", project.base)):
+        project.expert(name).mkdir()
+        (project.expert(name) / "model.safetensors").write_bytes((origin / "model.safetensors").read_bytes())
+        (project.expert(name) / "source.json").write_text("{}")
+    report = task_vectors(project, _params(project))
+    assert any("idle is identical to the base" in text for text in report.warnings)
+    assert any("twin and full are nearly the same" in text for text in report.warnings)
+
+
+def test_every_tensor_that_is_not_finite_is_named(project: Project) -> None:
+    for name, tensor in (("full", QUERY), ("other", "embeddings.LayerNorm.bias")):
+        file = project.expert(name) / "model.safetensors"
+        tensors = load_file(file)
+        tensors[tensor].view(-1)[0] = torch.inf
+        save_file(tensors, file)
+    with pytest.raises(CheckpointError) as caught:
+        task_vectors(project, _params(project))
+    assert [(problem.expert, problem.tensor) for problem in caught.value.problems] == [
+        ("other", "embeddings.LayerNorm.bias"),
+        ("full", QUERY),
+    ]
+    assert not project.task_vectors_manifest.exists()
