@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: demo test check format install clean
 
 demo: $(VENV)/installed
-	$(BIN)/poemerge demo $(if $(STACK),--stack $(STACK))
+	$(if $(filter services,$(STACK)),$(BIN)/python infra/native.py run -- )$(BIN)/poemerge demo
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
