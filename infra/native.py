@@ -98,17 +98,21 @@ class Stack:
         return self.healthy(name) if serves else status == 0
 
     def down(self) -> None:
-        """End the services, the last one started first, each with its own stop signal."""
-        for name, process in reversed(self._running.items()):
-            service = self.compose["services"][name]
-            process.send_signal(signal.Signals[service.get("stop_signal", "SIGTERM")])
-            # SeaweedFS flushes within a second and then lingers; what it has acknowledged is on disk.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(3 if name == "s3" else 20)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        self._running.clear()
+        """End the services, each with its own stop signal, those first that no other needs."""
+        while self._running:
+            needed = {name for other in self._running for name in self._in_order([other])[:-1]}
+            wave = [name for name in self._running if name not in needed]
+            for name in wave:
+                stop = self.compose["services"][name].get("stop_signal", "SIGTERM")
+                self._running[name].send_signal(signal.Signals[stop])
+            for name in wave:
+                process = self._running.pop(name)
+                # SeaweedFS has what it acknowledged on disk at once, and lingers.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(3 if name == "s3" else 20)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         self._done.clear()
 
     def service(self, name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from poemerge.project import STAGES, Project
 
 COMPOSE: dict[str, Any] = yaml.safe_load((INFRA / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+needs_postgres = pytest.mark.skipif(shutil.which("initdb") is None, reason="PostgreSQL is not installed here")
 RUN_ONCE = {"databases", "buckets", "mlflow-user", "install"}
 
 
@@ -132,6 +133,7 @@ def test_mlflow_auth_names_no_password() -> None:
     assert config["mlflow"]["database_uri"] == "postgresql:///mlflow_auth"
 
 
+@needs_postgres
 def test_a_service_that_ends_is_told_with_its_log(tmp_path: Path) -> None:
     stack = Stack(tmp_path / "state")
     stack.compose["services"]["postgres"] |= {"command": ["postgres", "--no-such-option"]}
@@ -147,8 +149,6 @@ def test_a_service_that_ends_is_told_with_its_log(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    if shutil.which("initdb") is None:
-        pytest.skip("needs PostgreSQL's initdb")
     root = tmp_path_factory.mktemp("team")
     project = make_project(root / "project")
     params = read_params(project.root)
@@ -183,11 +183,13 @@ def in_project(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str
     return done
 
 
+@needs_postgres
 @pytest.mark.server
 def test_every_service_is_healthy(stack: Stack) -> None:
     assert all(stack.healthy(name) for name in ("postgres", "s3", "prefect", "mlflow"))
 
 
+@needs_postgres
 @pytest.mark.server
 def test_nobody_gets_in_without_a_password(stack: Stack) -> None:
     env = stack.client_environment()
@@ -206,6 +208,7 @@ def test_nobody_gets_in_without_a_password(stack: Stack) -> None:
     assert status(f"{env['AWS_ENDPOINT_URL']}/dvc?list-type=2") == 403
 
 
+@needs_postgres
 @pytest.mark.server
 def test_the_pipelines_user_is_no_administrator(stack: Stack) -> None:
     env = stack.client_environment()
@@ -217,6 +220,7 @@ def test_the_pipelines_user_is_no_administrator(stack: Stack) -> None:
     assert answer.status_code == 403
 
 
+@needs_postgres
 @pytest.mark.server
 def test_each_role_sees_its_own_databases_alone(stack: Stack) -> None:
     import psycopg2
@@ -237,6 +241,7 @@ def test_each_role_sees_its_own_databases_alone(stack: Stack) -> None:
             connect(user, database)
 
 
+@needs_postgres
 @pytest.mark.server
 def test_what_runs_once_may_run_again(stack: Stack) -> None:
     for name in ("databases", "buckets", "mlflow-user"):
@@ -247,6 +252,7 @@ def test_what_runs_once_may_run_again(stack: Stack) -> None:
         subprocess.run(command, cwd=INFRA.parent, env=env, check=True, capture_output=True)
 
 
+@needs_postgres
 @pytest.mark.server
 @pytest.mark.timeout(1500)
 def test_the_pipeline_runs_on_them(stack: Stack, team: Project, monkeypatch: pytest.MonkeyPatch) -> None:
