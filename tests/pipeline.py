@@ -45,12 +45,30 @@ def make_project(root: Path) -> Project:
     return Project(root.resolve())
 
 
+def make_finished_project(root: Path) -> Project:
+    """Such a project after its first run: merged, evaluated, registered."""
+    shutil.copytree(_finished(), root, symlinks=True)
+    return Project(root.resolve())
+
+
+@functools.cache
+def _finished() -> Path:
+    project = make_project(_scratch() / "project")
+    done = poemerge(project, "run")
+    assert done.returncode == 0, done.stderr
+    return project.root
+
+
+def _scratch() -> Path:
+    folder = tempfile.mkdtemp(prefix="poemerge-project-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 @functools.cache
 def _template() -> Path:
     """The project that all are copies of, made once in a session."""
-    folder = tempfile.mkdtemp(prefix="poemerge-project-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    root = Path(folder) / "project"
+    root = _scratch() / "project"
     root.mkdir()
     for name in CODE:
         source = CHECKOUT / name

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from pipeline import environment, make_project, poemerge, read_params, write_params
+from pipeline import environment, make_finished_project, poemerge, read_params, write_params
 from tiny import make_full_expert
 
 from poemerge.filelock import holder
@@ -45,10 +45,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = make_project(tmp_path_factory.mktemp("crash") / "project")
-    done = poemerge(project, "run")
-    assert done.returncode == 0, done.stderr
-    return project
+    return make_finished_project(tmp_path_factory.mktemp("crash") / "project")
 
 
 def working_in(folder: Path) -> list[psutil.Process]:
