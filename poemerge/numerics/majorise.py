@@ -9,7 +9,7 @@ from torch import Tensor
 
 from poemerge.numerics.anderson import Anderson
 from poemerge.numerics.experts import Energy
-from poemerge.numerics.one_sided import dot
+from poemerge.numerics.one_sided import dot, norm_sq
 from poemerge.numerics.subspace import Quadratics, search
 
 __all__ = ["Mode", "Problem", "find_mode", "settled_gap"]
@@ -77,7 +77,7 @@ def find_mode(
     mode = Mode(
         theta,
         residual_sq,
-        [energy.of(residual_sq, dot(theta, theta))],
+        [energy.of(residual_sq, norm_sq(theta))],
         torch.zeros(batch, dtype=torch.int64, device=device),
         torch.full((batch,), torch.inf, dtype=torch.float64, device=device),
         torch.ones(batch, dtype=torch.bool, device=device),
@@ -98,7 +98,7 @@ def settled_gap(dtype: torch.dtype, rtol: float) -> float:
 
 def _solve_rtol(problem: Problem, rtol: float, gap: float) -> float:
     """How precisely an iterative minimiser is asked to solve: loosely while the weights still move."""
-    return 0.1 * rtol if problem.exact else 0.1 * max(rtol, min(1e-2, gap))
+    return rtol if problem.exact else max(rtol, 0.1 * min(1e-2, gap))
 
 
 def _extrapolate(problem: Problem, energy: Energy, mode: Mode, max_steps: int, rtol: float) -> Mode:
@@ -111,7 +111,7 @@ def _extrapolate(problem: Problem, energy: Energy, mode: Mode, max_steps: int, r
         weights = torch.where(energy.present, proposal.exp(), 0.0)
         theta, solved = problem.minimise(weights, energy.prior, mode.theta, inner_rtol)
         residual_sq = problem.residual_sq(theta)
-        value, before = energy.of(residual_sq, dot(theta, theta)), mode.trace[-1]
+        value, before = energy.of(residual_sq, norm_sq(theta)), mode.trace[-1]
         mode = replace(mode, steps=mode.steps + 1, trace=[*mode.trace, torch.minimum(value, before)])
         if not bool(solved & (value <= before * (1 + slack * plain))):
             mode.trace[-1] = before
@@ -148,11 +148,11 @@ def _descend(problem: Problem, energy: Energy, mode: Mode, max_steps: int, rtol:
         step = torch.where(solved[:, None, None], trial - theta, 0.0)
         slope, own, across = problem.expand(theta, step, last)
         slope = torch.cat([slope, dot(theta, step)[:, None]], 1)
-        own = torch.cat([own, dot(step, step)[:, None]], 1)
+        own = torch.cat([own, norm_sq(step)[:, None]], 1)
         across = torch.cat([across, dot(step, last)[:, None]], 1)
         plane = Quadratics(
             energy,
-            torch.cat([residual_sq, dot(theta, theta)[:, None]], 1),
+            torch.cat([residual_sq, norm_sq(theta)[:, None]], 1),
             torch.stack([slope, last_slope], -1),
             torch.stack([own, across, across, last_curvature], -1).view(*own.shape, 2, 2),
         )

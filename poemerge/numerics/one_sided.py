@@ -1,13 +1,18 @@
 """The one-sided product of experts: residual A_iᵀ(Θ − A_i), normal matrix H(w) = Σ w_i A_iA_iᵀ + λI."""
 
+import itertools
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["OneSided", "dot", "inner"]
+__all__ = ["OneSided", "dot", "gram", "inner", "norm_sq"]
 
 # Up to this many rows the factorisation runs in float64 whatever the deltas are in: it is a few percent of a step.
 _FLOAT64_ROWS = 1024
+# From this many rows on a CPU, a Gram matrix is worth its blocks.
+_BLOCKED_ROWS = 512
+_BLOCKS = 4
 
 
 def inner(many: Float[Tensor, "batch expert i j"], one: Float[Tensor, "batch i j"]) -> Float[Tensor, "batch expert"]:
@@ -19,6 +24,27 @@ def inner(many: Float[Tensor, "batch expert i j"], one: Float[Tensor, "batch i j
 def dot(a: Float[Tensor, "batch i j"], b: Float[Tensor, "batch i j"]) -> Float[Tensor, " batch"]:
     """⟨X, Y⟩, each row in the tensors' own dtype and the sum over rows in float64."""
     return (a * b).sum(-1).double().sum(-1)
+
+
+def norm_sq(matrices: Float[Tensor, "*many i j"]) -> Float[Tensor, "*many"]:
+    """‖X‖²_F, each row in the tensor's own dtype and the sum over rows in float64."""
+    squares: Tensor = torch.linalg.vector_norm(matrices, dim=-1).double().square().sum(-1)
+    return squares
+
+
+def gram(matrices: Float[Tensor, "*many i j"]) -> Float[Tensor, "*many i i"]:
+    """X Xᵀ; a large one block by block, so that the half that mirrors the other is not multiplied out."""
+    rows = matrices.shape[-2]
+    if rows < _BLOCKED_ROWS or matrices.device.type != "cpu":
+        product: Tensor = matrices @ matrices.mT
+        return product
+    product = matrices.new_empty(*matrices.shape[:-1], rows)
+    bounds = [rows * block // _BLOCKS for block in range(_BLOCKS + 1)]
+    for first, end in itertools.pairwise(bounds):
+        below = matrices[..., first:, :] @ matrices[..., first:end, :].mT
+        product[..., first:, first:end] = below
+        product[..., first:end, end:] = below[..., end - first :, :].mT
+    return product
 
 
 class OneSided:
@@ -40,9 +66,9 @@ class OneSided:
         """`mean_over`: how many diagonal entries mean diag H averages over (the full `out` for a factored solve)."""
         self.deltas = deltas
         self.mean_over = mean_over
-        self.grams = deltas @ deltas.mT
+        self.grams = gram(deltas)
         self.trace = self.grams.diagonal(dim1=-2, dim2=-1).double().sum(-1)
-        self.start_residual_sq = self.grams.double().square().sum((-1, -2))
+        self.start_residual_sq = norm_sq(self.grams)
         self._refer(deltas.mean(1))
 
     def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
@@ -51,7 +77,7 @@ class OneSided:
         if 2 * self.deltas.shape[-1] < self.deltas.shape[-2]:
             residual = self.deltas.mT @ difference
             self.slopes = self.deltas @ residual
-            self.reference_residual_sq = residual.double().square().sum((-1, -2))
+            self.reference_residual_sq = norm_sq(residual)
         else:
             self.slopes = self.grams @ difference
             self.reference_residual_sq = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
@@ -98,12 +124,12 @@ class OneSided:
         factor, info = torch.linalg.cholesky_ex(matrix)
         step = torch.cholesky_solve(right, factor).to(self.reference.dtype)
         theta = self.reference - step
-        return theta, (info == 0) & theta.isfinite().all(-1).all(-1)
+        return theta, (info == 0) & norm_sq(theta).isfinite()
 
     def residual_sq(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch expert"]:
         """r_i² = ‖A_iᵀ(Θ − A_i)‖²_F, never below 0."""
         step = theta - self.reference
-        linear, quadratic = inner(self.slopes, step), inner(self.grams, step @ step.mT)
+        linear, quadratic = inner(self.slopes, step), inner(self.grams, gram(step))
         return (self.reference_residual_sq + 2 * linear + quadratic).clamp_min(0)
 
     def expand(

@@ -13,7 +13,7 @@ from poemerge.errors import BadInputError, NumericsError, Problem
 from poemerge.numerics import solution as ended
 from poemerge.numerics.experts import Energy, Expert, Family
 from poemerge.numerics.majorise import Mode, find_mode, settled_gap
-from poemerge.numerics.one_sided import OneSided
+from poemerge.numerics.one_sided import OneSided, norm_sq
 from poemerge.numerics.posterior import Posterior, Side
 from poemerge.numerics.precision import full_precision, working_dtype
 from poemerge.numerics.solution import Factored, Outcome, Solution, join
@@ -27,6 +27,8 @@ Adapter = tuple[Tensor, Tensor, float]
 
 # "fitted" never takes experts to agree better than this fraction of ‖R_i(0)‖²: the scale must stay above zero.
 _LEAST_FITTED = 1e-6
+# How precisely an iterative solver finds the start: the steps after it are solved as precisely as is asked.
+_START_RTOL = 1e-3
 
 
 def solve(
@@ -156,8 +158,8 @@ def _check_dense(deltas: Tensor) -> None:
             f"deltas: got {deltas.dtype} of shape {list(deltas.shape)}, expected floating point "
             "[*batch, expert, out, in] with no empty dimension. Next: stack one matrix's deltas over the experts."
         )
-    finite = deltas.isfinite()
-    if not bool(finite.all()):
+    if not all(bool(bound.isfinite()) for bound in torch.aminmax(deltas)):
+        finite = deltas.isfinite()
         for index in range(deltas.shape[-3]):
             wrong = int((~finite[..., index, :, :]).sum())
             if wrong:
@@ -265,12 +267,12 @@ def _solve_factored(adapters: Sequence[Adapter], settings: _Settings) -> Solutio
     dtypes = {factor.dtype for b, a, _ in adapters for factor in (b, a)}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     batch = tuple(adapters[0][0].shape[:-2])
-    factors = [(scaling * b.double(), a.double()) for b, a, scaling in adapters]
+    factors = [((scaling * b.double()).to(dtype), a.to(dtype)) for b, a, scaling in adapters]
     size = (adapters[0][0].shape[-2], adapters[0][1].shape[-1])
     scales = _expert_scales(settings.scale, batch, len(adapters), factors[0][0].device)
     left = torch.linalg.qr(torch.cat([b for b, _ in factors], -1))[0]
     right = torch.linalg.qr(torch.cat([a.mT for _, a in factors], -1))[0]
-    cores = torch.stack([(left.mT @ b) @ (a @ right) for b, a in factors], -3)
+    cores = torch.stack([(left.mT @ b).double() @ (a @ right).double() for b, a in factors], -3)
     stacked = cores.reshape(-1, *cores.shape[-3:])
     stride = 1 if stacked.device.type == "cpu" else max(1, len(stacked))
     lefts, rights = (basis.reshape(-1, *basis.shape[-2:]).to(dtype) for basis in (left, right))
@@ -322,53 +324,65 @@ def _solve_once(
     settings: _Settings,
 ) -> list[Solution]:
     expert = Expert.of(settings.expert, settings.tail_index)
-    present = (given != 0).flatten(2).any(-1)
     # A power of two near the deltas' common size is divided out: exact, and nothing under- or overflows.
-    largest = given.abs().amax((-1, -2, -3)).double()
-    unit = torch.exp2(torch.log2(torch.where(largest > 0, largest, 1.0)).round())
-    deltas = (given.double() / unit[:, None, None, None]).to(given.dtype)
+    low, high = torch.aminmax(given.flatten(1), dim=1)
+    largest = torch.maximum(-low, high)
+    least = torch.finfo(given.dtype).tiny
+    unit = torch.exp2(torch.log2(torch.where(largest > 0, largest.clamp_min(least), 1.0).double()).round())
+    deltas = given * (1 / unit).to(given.dtype)[:, None, None, None]
     if settings.side == "input":
         deltas = deltas.mT.contiguous()
     rows, columns = size if settings.side != "input" else size[::-1]
     problem: OneSided | TwoSided
     problem = TwoSided(deltas, rows * columns) if settings.side == "both" else OneSided(deltas, rows)
     degree = problem.residual_degree
+    # Also absent is an expert so much smaller than the others that its Gram matrix underflows.
+    present = (problem.trace > 0) & (problem.start_residual_sq > 0)
 
     def prior_at(weights: Tensor) -> Tensor:
         if settings.prior == "absolute":
             return settings.prior_precision * unit.square()
         return settings.prior_precision * problem.mean_diagonal(weights)
 
-    ones = present.double()
+    # Gaussian experts have their weights, and so the mode, at once; only a fitted scale needs a residual first.
+    at_once = expert.quadratic and (isinstance(settings.scale, Tensor) or settings.scale != "fitted")
+    scale_sq = _scale_sq(settings, problem, deltas, unit, None, present, scales) if at_once else None
     ok = torch.ones(len(given), dtype=torch.bool, device=given.device)
     if start is not None:
         oriented = start.mT if settings.side == "input" else start
-        theta = problem.enter((oriented.double() / unit[:, None, None]).to(deltas.dtype))
+        theta = problem.enter(oriented / unit.to(start.dtype)[:, None, None])
     elif settings.init == "mean":
         theta = problem.reference
     else:
-        theta, ok = problem.minimise(ones, prior_at(ones), None, 0.1 * settings.rtol)
+        if scale_sq is None:
+            first = present * unit.unsqueeze(-1) ** (2 * degree)
+            precision = _START_RTOL
+        else:
+            first = torch.where(present, expert.weight(torch.zeros_like(scale_sq), scale_sq), 0.0)
+            precision = settings.rtol
+        theta, ok = problem.minimise(first, prior_at(first), None, precision)
     residual_sq = problem.recentre(theta, problem.residual_sq(theta))
-
-    scale_sq = _scale_sq(settings, problem, deltas, unit, residual_sq, present, scales)
+    if scale_sq is None:
+        scale_sq = _scale_sq(settings, problem, deltas, unit, residual_sq, present, scales)
     prior = prior_at(torch.where(present, expert.weight(residual_sq, scale_sq), 0.0))
     energy = Energy(expert, scale_sq, prior, present)
+    at_mode = at_once and start is None and settings.init == "gaussian"
     mode = find_mode(
         problem,
         energy,
         theta=theta,
         residual_sq=residual_sq,
-        max_steps=1 if expert.quadratic else settings.max_steps,
+        max_steps=0 if at_mode else (1 if expert.quadratic else settings.max_steps),
         rtol=settings.rtol,
         accelerate=settings.accelerate,
     )
     theta = problem.leave(mode.theta)
     if settings.side == "input":
         theta = theta.mT
-    theta = (theta.double() * unit[:, None, None]).to(given.dtype)
+    theta = theta * unit.to(given.dtype)[:, None, None]
     weights = energy.weights(mode.residual_sq) / unit.unsqueeze(-1) ** (2 * degree)
     prior = prior / unit.square()
-    ok = ok & mode.ok & theta.isfinite().all(-1).all(-1)
+    ok = ok & mode.ok & norm_sq(theta).isfinite()
     return [
         _member(
             i,
@@ -389,20 +403,20 @@ def _scale_sq(
     problem: OneSided | TwoSided,
     deltas: Float[Tensor, "batch expert k l"],
     unit: Float[Tensor, " batch"],
-    residual_sq: Float[Tensor, "batch expert"],
+    residual_sq: Float[Tensor, "batch expert"] | None,
     present: Bool[Tensor, "batch expert"],
     scales: Float[Tensor, "batch expert"] | None,
 ) -> Float[Tensor, "batch expert"]:
-    """γ_i², in the units of the deltas divided by `unit`; 1 where the expert is absent."""
+    """γ_i², in the units of the deltas divided by `unit`; 1 where the expert is absent. Fitted needs the residuals."""
     degree = problem.residual_degree
     if scales is not None:
         scale_sq = (scales / unit.unsqueeze(-1) ** degree).square()
     elif settings.scale == "task-norm":
-        norm_sq = deltas.double().square().sum((-1, -2))
-        scale_sq = settings.scale_factor * norm_sq * unit.unsqueeze(-1) ** (2 - 2 * degree)
+        scale_sq = settings.scale_factor * norm_sq(deltas) * unit.unsqueeze(-1) ** (2 - 2 * degree)
     else:
         scale_sq = settings.scale_factor * problem.start_residual_sq
         if settings.scale == "fitted":
+            assert residual_sq is not None
             ratio = torch.where(present, residual_sq / problem.start_residual_sq, torch.nan)
             median = ratio.nanquantile(0.5, dim=-1, keepdim=True).nan_to_num(1.0).clamp_min(_LEAST_FITTED)
             scale_sq = scale_sq * median
@@ -432,14 +446,16 @@ def _member(
     settings: _Settings,
 ) -> Solution:
     steps = int(mode.steps[index])
-    own, mean_weights = theta[index], weights[index]
+    own, own_weights = theta[index], weights[index]
     energy = torch.stack(mode.trace[: steps + 1])[:, index]
     if outcome is ended.EMPTY:
-        own, steps, energy = torch.zeros_like(own), 0, energy[:1]
+        own, own_weights = torch.zeros_like(own), torch.zeros_like(own_weights)
+    elif outcome is ended.CLOSED_FORM:
+        steps = 1
     elif not outcome.ok:
-        own, energy = given[index].mean(0), energy[:1]
+        own, own_weights, energy = given[index].mean(0), torch.zeros_like(own_weights), energy[:1]
 
     def posterior() -> Posterior:
-        return Posterior(own, settings.side, given[index].double(), mean_weights, prior[index])
+        return Posterior(own, settings.side, given[index].double(), own_weights, prior[index])
 
-    return Solution(own, outcome, steps, energy, mean_weights, prior[index], make_posterior=posterior)
+    return Solution(own, outcome, steps, energy, own_weights, prior[index], make_posterior=posterior)

@@ -4,11 +4,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from poemerge.numerics.one_sided import dot, inner
+from poemerge.numerics.one_sided import dot, gram, inner, norm_sq
 
 __all__ = ["TwoSided"]
 
-_MAX_CONJUGATE_STEPS = 200
+_MAX_CONJUGATE_STEPS = 400
 
 
 class TwoSided:
@@ -25,13 +25,13 @@ class TwoSided:
     def __init__(self, deltas: Float[Tensor, "batch expert out in"], mean_over: int) -> None:
         """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
         self.mean_over = mean_over
-        norm = deltas.double().square().sum((-1, -2), keepdim=True).sqrt()
-        unit = (deltas / norm.clamp_min(torch.finfo(torch.float64).tiny)).to(deltas.dtype)
-        self.left_basis = torch.linalg.eigh((unit @ unit.mT).sum(1))[1]
-        self.right_basis = torch.linalg.eigh((unit.mT @ unit).sum(1))[1]
+        norm = norm_sq(deltas).sqrt()[..., None, None]
+        unit = deltas * torch.where(norm > 0, 1 / norm, 0.0).to(deltas.dtype)
+        self.left_basis = torch.linalg.eigh(gram(unit).sum(1))[1]
+        self.right_basis = torch.linalg.eigh(gram(unit.mT).sum(1))[1]
         self.deltas = self.enter(deltas)
         unit = self.enter(unit)
-        self.left, self.right = unit @ unit.mT, unit.mT @ unit
+        self.left, self.right = gram(unit), gram(unit.mT)
         self.left_diagonal = self.left.diagonal(dim1=-2, dim2=-1)
         self.right_diagonal = self.right.diagonal(dim1=-2, dim2=-1)
         self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
@@ -77,7 +77,7 @@ class TwoSided:
         start: Float[Tensor, "batch out in"] | None,
         rtol: float,
     ) -> tuple[Float[Tensor, "batch out in"], Bool[Tensor, " batch"]]:
-        """Θ(w) by preconditioned conjugate gradients from `start`, to a residual of `rtol` of the right-hand side.
+        """Θ(w) by preconditioned conjugate gradients from `start`, to about `rtol` of its own size.
 
         Each iteration lowers the majorising quadratic, so even a truncated solve never raises the energy.
         """
@@ -86,9 +86,10 @@ class TwoSided:
         dtype = self.reference.dtype
         slopes = (weights.to(dtype).unsqueeze(1) @ self.slopes.flatten(2)).view_as(self.reference)
         right = -slopes - prior.to(dtype)[:, None, None] * self.reference
-        step = self._invert(weights, prior, right, None if start is None else start - self.reference, rtol)
+        step = None if start is None else start - self.reference
+        step = self._invert(weights, prior, right, step, rtol, norm_sq(self.reference))
         theta = self.reference + step
-        return theta, theta.isfinite().all(-1).all(-1)
+        return theta, norm_sq(theta).isfinite()
 
     def invert(
         self,
@@ -98,7 +99,7 @@ class TwoSided:
         rtol: float,
     ) -> Float[Tensor, "batch out in"]:
         """The X with Σ w_i L_i X R_i + λX = `right`, both in the coordinates of the deltas."""
-        return self.leave(self._invert(weights, prior, self.enter(right), None, rtol))
+        return self.leave(self._invert(weights, prior, self.enter(right), None, rtol, torch.zeros_like(prior)))
 
     def _invert(
         self,
@@ -107,6 +108,7 @@ class TwoSided:
         right: Float[Tensor, "batch out in"],
         start: Float[Tensor, "batch out in"] | None,
         rtol: float,
+        least_size: Float[Tensor, " batch"],
     ) -> Float[Tensor, "batch out in"]:
         dtype = right.dtype
         weights, shrink = weights.to(dtype), prior.to(dtype)[:, None, None]
@@ -114,11 +116,13 @@ class TwoSided:
         precondition = 1 / scaled.clamp_min(torch.finfo(dtype).eps * scaled.amax((-1, -2), keepdim=True))
         step = torch.zeros_like(right) if start is None else start
         misfit = right if start is None else right - self._operate(weights, shrink, step)
-        direction = precondition * misfit
+        conditioned = precondition * misfit
+        direction = conditioned
         power = dot(misfit, direction)
-        goal = max(rtol, 4 * torch.finfo(dtype).eps) ** 2 * dot(right, precondition * right)
+        goal = max(rtol, 4 * torch.finfo(dtype).eps) ** 2
         for _ in range(_MAX_CONJUGATE_STEPS):
-            active = power > goal
+            # The preconditioned misfit is, to first order, the error of X itself.
+            active = norm_sq(conditioned) > goal * torch.maximum(norm_sq(step), least_size)
             if not bool(active.any()):
                 break
             image = self._operate(weights, shrink, direction)
