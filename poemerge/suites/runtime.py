@@ -48,23 +48,38 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def module(self, auto_class: Any, model: Model, private: Mapping[str, Tensor] | None = None, **config: Any) -> Any:
+    def module(
+        self,
+        auto_class: Any,
+        model: Model,
+        private: Mapping[str, Tensor] | None = None,
+        config_class: Any = None,
+        **config: Any,
+    ) -> Any:
         """`model`'s folder loaded by `auto_class`, ready to predict; the last one is held, so that suites may share it.
 
-        `private` parameters are put in by name; `config` changes entries of the architecture's configuration.
-        Raises SuiteError when the checkpoint lacks a parameter that `private` does not hold either.
+        `private` parameters are put in by name; a parameter that the folder lacks is the base's; `config_class` reads
+        the architecture's configuration (default: AutoConfig), and `config` changes entries of it.
+        Raises SuiteError when a parameter is nowhere.
         """
         key = (auto_class, model.folder, model.config, repr(config), None if private is None else model.head)
         if not self._held or self._held[0] != key:
             self._held = ()  # first let go of the one before
-            self._held = (key, self._load(auto_class, model, private or {}, config))
+            self._held = (key, self._load(auto_class, model, private or {}, config_class, config))
         return self._held[1]
 
     def release(self) -> None:
         """Lets go of the model that is held."""
         self._held = ()
 
-    def _load(self, auto_class: Any, model: Model, private: Mapping[str, Tensor], changes: dict[str, Any]) -> Any:
+    def _load(
+        self,
+        auto_class: Any,
+        model: Model,
+        private: Mapping[str, Tensor],
+        config_class: Any,
+        changes: dict[str, Any],
+    ) -> Any:
         from transformers import AutoConfig
 
         adapter = (model.folder / "adapter_config.json").is_file()
@@ -72,12 +87,13 @@ class Runtime:
         config_folder = model.config or folder
         if not (config_folder / "config.json").is_file():
             config_folder = folder
-        config = AutoConfig.from_pretrained(config_folder, **changes)
+        config = (config_class or AutoConfig).from_pretrained(config_folder, **changes)
         weights = self.dtype if self.device.type == "cuda" else torch.float32
         with _quiet():
             module, loading = auto_class.from_pretrained(folder, config=config, dtype=weights, output_loading_info=True)
         state = module.state_dict()
         unfit = [name for name, tensor in private.items() if name in state and state[name].shape != tensor.shape]
+        private = {**_of_base(model.base, set(loading["missing_keys"]) - set(private)), **private}
         absent = sorted(set(loading["missing_keys"]) - set(private))
         # A pooler that the checkpoint never had is drawn at random and read by nothing that we score with.
         absent = [name for name in absent if ".pooler." not in f".{name}"]
@@ -94,6 +110,19 @@ class Runtime:
         if adapter:
             _add_adapter(module, model.folder)
         return module.to(self.device).eval()
+
+
+def _of_base(base: Path, wanted: set[str]) -> dict[str, Tensor]:
+    """Those of the parameters `wanted` that the base has."""
+    from poemerge.checkpoints import Checkpoint
+
+    if not wanted:
+        return {}
+    checkpoint = Checkpoint.open(base)
+    try:
+        return {name: checkpoint.read(name) for name in wanted & set(checkpoint.names())}
+    finally:
+        checkpoint.close()
 
 
 @contextmanager
