@@ -323,15 +323,20 @@ def dvc_remote(project: Path, url: str = "s3://dvc") -> Iterator[None]:
         subprocess.run([*dvc, "remove", "--local", "services"], cwd=project, check=True)
 
 
+def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """What stands before the first -- and what stands after it."""
+    at = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "up"])
     parser.add_argument("--project", type=Path, default=INFRA.parent, help="the checkout to work in")
     parser.add_argument("--state", type=Path, help="default: .poemerge/services of the project")
-    parser.add_argument("command", nargs=argparse.REMAINDER)
-    given = parser.parse_args(arguments)
-    command = given.command[1:] if given.command[:1] == ["--"] else given.command
+    own, command = _split(arguments)
+    given = parser.parse_args(own)
     if (given.action == "run") != bool(command):
         parser.error("`run` takes a command after --, `up` takes none")
     with Stack(given.state or given.project / ".poemerge" / "services", given.project) as stack:
