@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline import environment, make_project, poemerge, read_params, write_params
+from pipeline import environment, make_finished_project, poemerge, read_params, write_params
 from safetensors.torch import load_file
 from tiny import make_full_expert
 
@@ -48,12 +46,11 @@ def flow_runs(project: Project) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project after its first run, shared by the tests below, which leave it as they found it."""
-    project = make_project(tmp_path_factory.mktemp("flow") / "project")
-    assert run(project) == everything("ran")
-    return project
+    return make_finished_project(tmp_path_factory.mktemp("flow") / "project")
 
 
 def test_the_first_run_makes_what_a_project_has(merged: Project) -> None:
+    assert set(json.loads(merged.stage_seconds.read_text(encoding="utf-8"))) == set(STAGES), "every stage ran"
     for path in (
         merged.sources_lock,
         merged.task_vectors_manifest,
@@ -136,19 +133,17 @@ def test_one_more_expert_is_fetched_beside_those_that_are_there(merged: Project)
         write_params(merged.root, params)
 
 
-def test_a_stage_that_fails_is_told_by_run_and_by_status_and_taken_up_again(tmp_path: Path) -> None:
-    project = make_project(tmp_path / "project")
-    suite = project.root / "suites" / "pears" / "test.jsonl"
+def test_a_stage_that_fails_is_told_by_run_and_by_status_and_taken_up_again(merged: Project) -> None:
+    suite = merged.root / "suites" / "pears" / "test.jsonl"
     good = suite.read_text(encoding="utf-8")
     suite.write_text('{"text": "w01", "label": 99}\n', encoding="utf-8")
-    done = poemerge(project, "run")
+    done = poemerge(merged, "run")
+    suite.write_text(good, encoding="utf-8")
     assert done.returncode in (1, 2)
     assert "pears" in done.stderr
     assert "Traceback" not in done.stderr
-    failures = json.loads(poemerge(project, "status", "--json").stdout)["failures"]
-    assert [failure["stage"] for failure in failures] == ["evaluate"]
-    assert flow_runs(project) == [("by hand", "FAILED")]
-    suite.write_text(good, encoding="utf-8")
-    assert run(project)["register"] == "ran"
-    assert json.loads(poemerge(project, "status", "--json").stdout)["failures"] == []
-    shutil.rmtree(project.root)
+    status = json.loads(poemerge(merged, "status", "--json").stdout)
+    assert [failure["stage"] for failure in status["failures"]] == ["evaluate"]
+    assert flow_runs(merged)[-1] == ("by hand", "FAILED")
+    run(merged)
+    assert json.loads(poemerge(merged, "status", "--json").stdout)["failures"] == []

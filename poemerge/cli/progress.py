@@ -79,10 +79,10 @@ class StageDisplay:
     def _table(self) -> Table:
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(width=1)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, justify="right")
-        table.add_column(no_wrap=True, overflow="ellipsis")
+        table.add_column(no_wrap=True, min_width=max(map(len, STAGES)))
+        table.add_column(no_wrap=True, min_width=len("unchanged"))
+        table.add_column(no_wrap=True, min_width=len("999 of about 999 s"), justify="right")
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         for stage in STAGES:
             state = self._state[stage]
             text = escape(self._text[stage])
