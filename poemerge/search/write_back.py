@@ -1,0 +1,45 @@
+"""The winner of a sweep, written into params.yaml; comments and everything else in it stay as they are."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from poemerge.params import load_params
+from poemerge.search.space import DEFAULT_TAIL_INDEX, Point
+
+__all__ = ["write_back"]
+
+
+def write_back(path: Path, point: Point, tail_index: float | None) -> None:
+    """Put `point` under `merge` and `expert` of the file at `path`.
+
+    The new file is read as params.yaml before it takes the old one's place: raises ParamsError, and changes nothing, if
+    it would not be one.
+    """
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    content = yaml.load(path.read_text(encoding="utf-8"))
+    merge = content.setdefault("merge", {})
+    for name, value in point.items():
+        if name != "family":
+            merge[name] = value
+    if "family" in point:
+        expert = content.setdefault("expert", {})
+        expert["family"] = point["family"]
+        expert.pop("tail_index", None)
+        if point["family"] == "student_t":
+            expert["tail_index"] = float(f"{tail_index or DEFAULT_TAIL_INDEX:.4g}")
+    stream = io.StringIO()
+    yaml.dump(content, stream)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(stream.getvalue(), encoding="utf-8")
+    try:
+        load_params(partial)
+    except BaseException:
+        partial.unlink()
+        raise
+    partial.replace(path)
