@@ -178,3 +178,8 @@ class Project:
     def stage_seconds(self) -> Path:
         """How long each stage took when it last ran, from which the next run's estimates come."""
         return self.state / "stage_seconds.json"
+
+    @property
+    def stage_memory(self) -> Path:
+        """The most memory, in bytes, that each stage's process held when it last ran."""
+        return self.state / "stage_memory.json"

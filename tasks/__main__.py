@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         stage = getattr(importlib.import_module(f"tasks.{name}"), name)
         report: StageReport = stage(project, project.load_params())
         report.write(project.stage_report(name))
+        _remember_memory(project, name)
     except PoemergeError as error:
         _write_failure(project, name, str(error), error.exit_status)
         print(error, file=sys.stderr)  # noqa: T201
@@ -50,6 +52,17 @@ def main(argv: Sequence[str]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _remember_memory(project: Project, name: str) -> None:
+    """Keep the peak of this process, which is the stage's: ru_maxrss, in KiB on Linux."""
+    path = project.stage_memory
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _write_failure(project: Project, name: str, message: str, exit_status: int) -> None:

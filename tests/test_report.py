@@ -113,6 +113,7 @@ def project(tmp_path: Path) -> Project:
     draw_bars(json.loads(project.evaluation_json.read_text()), project.residuals_png)
     write(project.params_yaml, f"base: {{source: b}}  # {EVIL}\n")
     write(project.stage_seconds, {"merge": 12.5})
+    write(project.stage_memory, {"merge": 345_000_000})
     write(project.stage_report("merge"), {"headline": EVIL, "table": [], "figure": None, "warnings": []})
     return project
 
@@ -157,6 +158,8 @@ def test_page_says_the_verdict_first_and_has_every_section(project: Project) -> 
     for figure in (evaluation["mean"]["merged"], evaluation["mean"]["normalised"], evaluation["mean"]["expert"]):
         assert f"{100 * figure:.1f}" in text
     assert "poemerge replay 2" in text
+    assert "12.5 s" in text
+    assert "345 MB" in text
     assert "0.10 of an equal share" in page, "0.05 of two experts: a tenth of an equal share"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from poemerge.project import STAGES, Project
@@ -102,25 +103,21 @@ def _commit(commit: str | None, changed: int) -> Safe:
 
 def cost_section(project: Project, evaluation: Mapping[str, Any] | None) -> Section | None:
     """Seconds and peak memory of each stage, when it last ran."""
-    try:
-        seconds = json.loads(project.stage_seconds.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        seconds = {}
+    seconds, memory = _numbers(project.stage_seconds), _numbers(project.stage_memory)
     rows: list[list[object]] = []
     for stage in STAGES:
         try:
             report = json.loads(project.stage_report(stage).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             report = {}
-        took = seconds.get(stage, report.get("seconds"))
-        memory = report.get("peak_memory")
+        took, peak = seconds.get(stage), memory.get(stage)
         if report or took is not None:
             rows.append(
                 [
                     stage,
                     report.get("headline", "–"),
                     "–" if took is None else f"{took:,.1f} s",
-                    "–" if memory is None else f"{memory / 1e6:,.0f} MB",
+                    "–" if peak is None else f"{peak / 1e6:,.0f} MB",
                 ]
             )
     if not rows:
@@ -133,6 +130,14 @@ def cost_section(project: Project, evaluation: Mapping[str, Any] | None) -> Sect
         )
     headings = ["stage", "what it said", "time", "peak memory"]
     return Section("cost", "Time and memory", Safe(table(headings, rows, text_columns=2) + paragraph(text)))
+
+
+def _numbers(path: Path) -> dict[str, float]:
+    try:
+        found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def reproduce_section(project: Project, registration: Mapping[str, Any] | None) -> Section:
