@@ -1,0 +1,384 @@
+"""Speed and memory of merging: against the floor of reading and writing, mergekit, and the released code's way.
+
+    python benchmarks/merge.py --work /tmp/bench                    # the whole table, about 30 minutes on 2 cores
+    python benchmarks/merge.py --work /tmp/bench --only floor,lora  # some of it: floor lora memory mergekit released gpu
+
+Checkpoints are Llama-shaped and generated under --work (about 1 GB each in float32, 24 layers). Ratios come from runs that
+take turns within one process or one loop, so that other work on the machine touches both sides alike; the smallest of the
+rounds counts. mergekit is taken from --mergekit (its own venv: pip install mergekit) and skipped, with a line, without it.
+Exit status 0 when every target that was measured holds, 1 when one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from poemerge.merging import merge
+from poemerge.params import MergeParams
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 896, 2432, 32_000
+SECTIONS = ("floor", "lora", "memory", "mergekit", "released", "gpu")
+ROUNDS = 3
+
+
+def config(layers: int) -> dict[str, Any]:
+    """config.json of the generated models."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 14,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "rms_norm_eps": 1e-5,
+    }
+
+
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the generated models."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for i in range(layers):
+        prefix = f"model.layers.{i}."
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            found[f"{prefix}self_attn.{name}.weight"] = (HIDDEN, HIDDEN)
+        found[f"{prefix}mlp.gate_proj.weight"] = found[f"{prefix}mlp.up_proj.weight"] = (INTERMEDIATE, HIDDEN)
+        found[f"{prefix}mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
+        found[f"{prefix}input_layernorm.weight"] = found[f"{prefix}post_attention_layernorm.weight"] = (HIDDEN,)
+    return {**found, "model.norm.weight": (HIDDEN,)}
+
+
+def make_models(work: Path, layers: int, experts: int) -> tuple[Path, dict[str, Path]]:
+    """A base and full experts of it; made once and kept."""
+    folder = work / f"full-{layers}"
+    names = ["base", *(f"e{i}" for i in range(experts))]
+    generator = torch.Generator().manual_seed(layers)
+    missing = [name for name in names if not (folder / name / "model.safetensors").is_file()]
+    if missing:
+        base = {
+            name: torch.empty(shape).normal_(0, 0.02, generator=generator) for name, shape in shapes(layers).items()
+        }
+        for name in missing:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / "config.json").write_text(json.dumps(config(layers)))
+            own = base
+            if name != "base":
+                generator.manual_seed(names.index(name))
+                own = {k: v + torch.empty_like(v).normal_(0, 1e-3, generator=generator) for k, v in base.items()}
+            save_file(own, folder / name / "partial", metadata={"format": "pt"})
+            (folder / name / "partial").rename(folder / name / "model.safetensors")
+    return folder / "base", {name: folder / name for name in names[1:]}
+
+
+def make_adapters(work: Path, layers: int, count: int, rank: int = 16) -> dict[str, Path]:
+    """LoRA adapters of every linear layer, in PEFT's layout."""
+    found = {}
+    for i in range(count):
+        folder = work / f"lora-{layers}" / f"a{i}"
+        found[folder.name] = folder
+        if (folder / "adapter_model.safetensors").is_file():
+            continue
+        generator = torch.Generator().manual_seed(i)
+        tensors = {}
+        for name, shape in shapes(layers).items():
+            if "proj" in name:
+                path = f"base_model.model.{name.removesuffix('.weight')}"
+                tensors[f"{path}.lora_A.weight"] = torch.empty(rank, shape[1]).normal_(0, 0.03, generator=generator)
+                tensors[f"{path}.lora_B.weight"] = torch.empty(shape[0], rank).normal_(0, 0.01, generator=generator)
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
+    return found
+
+
+def floor(base: Path, experts: Mapping[str, Path], out: Path) -> None:
+    """Read the base and every expert once and write one model, with safetensors alone."""
+    for folder in experts.values():
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    handle.get_tensor(name).clone()  # without the copy the pages would not be read
+    with safe_open(base / "model.safetensors", "pt") as handle:
+        result = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+    out.mkdir(exist_ok=True)
+    save_file(result, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def take_turns(runs: Mapping[str, Callable[[], None]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of each run, round by round, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+class Table:
+    """Rows as they are measured, and whether the targets hold."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, what: str, figure: float, unit: str, target: float | None, note: str = "") -> None:
+        holds = None if target is None else figure <= target
+        self.rows.append({"what": what, "figure": figure, "unit": unit, "target": target, "holds": holds, "note": note})
+        verdict = "" if target is None else f"  target ≤ {target:g}: {'holds' if holds else 'MISSED'}"
+        print(f"{what:<58} {figure:8.2f} {unit:<8}{verdict}  {note}", flush=True)
+
+
+def compare(
+    table: Table, baseline: str, seconds: Mapping[str, list[float]], targets: Mapping[str, float | None]
+) -> None:
+    """Add each run's ratio to the baseline's, of the smallest rounds."""
+    least = min(seconds[baseline])
+    table.add(baseline, least, "s", None, f"rounds {', '.join(f'{s:.2f}' for s in seconds[baseline])}")
+    for name, own in seconds.items():
+        if name != baseline:
+            note = f"{min(own):.2f} s; rounds {', '.join(f'{s:.2f}' for s in own)}"
+            table.add(f"{name} / {baseline}", min(own) / least, "×", targets.get(name), note)
+
+
+def run_floor(work: Path, table: Table, layers: int) -> None:
+    """mean and task arithmetic of four full experts against the floor."""
+    base, experts = make_models(work, layers, 4)
+    out = work / "out"
+
+    def ours(method: str) -> Callable[[], None]:
+        return lambda: void(merge(base, experts, out / method, MergeParams(method=method)))  # type: ignore[arg-type]
+
+    runs = {"floor of 4 full experts": lambda: floor(base, experts, work / "floor-out")}
+    seconds = take_turns({**runs, "mean": ours("mean"), "task_arithmetic": ours("task_arithmetic")})
+    compare(table, "floor of 4 full experts", seconds, {"mean": 1.5, "task_arithmetic": 1.5})
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
+def run_lora(work: Path, table: Table, layers: int) -> None:
+    """PoE of eight adapters against reading the base and writing the result."""
+    base, _ = make_models(work, layers, 0)
+    adapters = make_adapters(work, layers, 8)
+    runs: dict[str, Callable[[], None]] = {"floor of the base alone": lambda: floor(base, {}, work / "floor-out")}
+    for side in ("both", "output"):
+        params = MergeParams(side=side)  # type: ignore[arg-type]
+        runs[f"poe, 8 adapters r=16, side {side}"] = lambda params=params: void(
+            merge(base, adapters, work / "out" / "lora", params)
+        )
+    compare(table, "floor of the base alone", take_turns(runs), {"poe, 8 adapters r=16, side both": 3.0})
+
+
+def peak(command: list[str]) -> tuple[float, float]:
+    """(seconds, peak resident GB) of a command, as /usr/bin/time -v counts them; raises when it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command[:4])} … ended with {process.returncode}: {said[-2000:]}")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
+
+
+def command(base: Path, experts: Mapping[str, Path], out: Path, *flags: str) -> list[str]:
+    """`poemerge merge` as a user types it."""
+    given = [text for name, path in experts.items() for text in ("--expert", f"{name}={path}")]
+    return [sys.executable, "-m", "poemerge", "merge", "--base", str(base), *given, "--out", str(out), *flags]
+
+
+def run_memory(work: Path, table: Table, layers: int) -> None:
+    """Peak resident memory with the default budget lowered to 1 GB, and how little it depends on the depth."""
+    for flags in (("--method", "mean"), ("--method", "ties"), ("--side", "output", "--expert-family", "gaussian")):
+        label = flags[1] if flags[0] == "--method" else "poe (gaussian, output side)"
+        peaks = []
+        for depth in (layers, 2 * layers):
+            base, experts = make_models(work, depth, 4)
+            seconds, resident = peak(command(base, experts, work / "out" / "memory", *flags, "--max-memory", "1GB"))
+            peaks.append(resident)
+            target = 1.5 if depth == layers else None
+            table.add(f"{label}: peak of 4 full experts, {depth} layers", resident, "GB", target, f"{seconds:.1f} s")
+        table.add(f"{label}: peak at {2 * layers} layers / at {layers}", peaks[1] / peaks[0], "×", 1.1)
+
+
+def run_mergekit(work: Path, table: Table, layers: int, program: Path) -> None:
+    """The same methods on the same files, in turns: seconds and peak memory of ours over mergekit's."""
+    if not program.is_file():
+        print(f"mergekit is skipped: no {program} (python -m venv VENV; VENV/bin/pip install mergekit)", flush=True)
+        return
+    base, experts = make_models(work, layers, 4)
+    for method in ("linear", "task_arithmetic", "ties"):
+        parameters: dict[str, Any] = {"weight": 0.25 if method == "linear" else 0.4}
+        if method == "ties":
+            parameters = {"weight": 1.0, "density": 0.2}
+        models = [{"model": str(path), "parameters": parameters} for path in experts.values()]
+        recipe: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "float32"}
+        if method != "linear":
+            recipe["base_model"] = str(base)
+        (work / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+        theirs = [str(program), str(work / "recipe.yaml"), str(work / "out" / "mergekit"), "--no-copy-tokenizer"]
+        ours = command(base, experts, work / "out" / "ours", "--method", "mean" if method == "linear" else method)
+        figures: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
+        for _ in range(ROUNDS):
+            shutil.rmtree(work / "out" / "mergekit", ignore_errors=True)
+            figures["theirs"].append(peak(theirs))
+            figures["ours"].append(peak(ours))
+        own, other = (min(seconds for seconds, _ in figures[name]) for name in ("ours", "theirs"))
+        table.add(
+            f"{method}: seconds of ours / of mergekit", own / other, "×", 1.0, f"{own:.1f} s against {other:.1f} s"
+        )
+        own, other = (statistics.median(gb for _, gb in figures[name]) for name in ("ours", "theirs"))
+        table.add(
+            f"{method}: peak of ours / of mergekit", own / other, "×", 1.0, f"{own:.2f} GB against {other:.2f} GB"
+        )
+
+
+def released_way(base: Path, experts: Mapping[str, Path], out: Path, eps: float, jitter: float, steps: int) -> None:
+    """The paper's released code in its own manner: everything in memory, one layer at a time, every residual recomputed.
+
+    Cauchy, output side, rows in square blocks, stop on an absolute change of 1e-5; what is no matrix is averaged.
+    """
+    start = load_file(base / "model.safetensors")
+    tuned = [load_file(path / "model.safetensors") for path in experts.values()]
+    result = {}
+    for name, value in start.items():
+        deltas = torch.stack([one[name] - value for one in tuned])
+        if value.ndim != 2 or "embed" in name:
+            result[name] = value + deltas.mean(0)
+            continue
+        blocks = [_textbook(block, eps, jitter, steps) for block in deltas.split(value.shape[1], dim=1)]
+        result[name] = value + torch.cat(blocks)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(result, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def _textbook(deltas: torch.Tensor, eps: float, jitter: float, steps: int) -> torch.Tensor:
+    grams = deltas @ deltas.mT
+    targets = grams @ deltas
+    identity = jitter * torch.eye(deltas.shape[1])
+    scales = eps * deltas.square().sum((1, 2))
+    theta = torch.linalg.solve(grams.sum(0) + identity, targets.sum(0))
+    for _ in range(steps):
+        residuals = (deltas.mT @ (theta - deltas)).square().sum((1, 2))
+        weights = 1 / (scales + residuals)
+        new = torch.linalg.solve(
+            (weights[:, None, None] * grams).sum(0) + identity, (weights[:, None, None] * targets).sum(0)
+        )
+        change = (new - theta).norm()
+        theta = new
+        if change < 1e-5:
+            break
+    return theta
+
+
+def run_released(work: Path, table: Table) -> None:
+    """Two layers of the same shapes, the same settings: whole runs, and the peak of each."""
+    base, experts = make_models(work, 2, 4)
+    flags = ["--side", "output", "--scale", "task-norm", "--scale-factor", "0.3", "--prior", "absolute"]
+    ours = command(base, experts, work / "out" / "released-ours", *flags, "--prior-precision", "0.001")
+    theirs = [sys.executable, __file__, "--work", str(work), "--released-run"]
+    figures: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
+    for _ in range(2):
+        figures["theirs"].append(peak(theirs))
+        figures["ours"].append(peak(ours))
+    own, other = (min(seconds for seconds, _ in figures[name]) for name in ("ours", "theirs"))
+    table.add(
+        "2 layers, poe: seconds of ours / of the released way", own / other, "×", 1.0, f"{own:.1f} s, {other:.1f} s"
+    )
+    own, other = (figures[name][0][1] for name in ("ours", "theirs"))
+    table.add(
+        "2 layers, poe: peak of ours / of the released way", own / other, "×", None, f"{own:.2f} GB, {other:.2f} GB"
+    )
+
+
+def run_gpu(table: Table) -> None:
+    """Layer shapes of a 7B model, 8 experts, on CUDA: seconds a layer and the share of the product's ceiling."""
+    if not torch.cuda.is_available():
+        print("the GPU part is skipped: no CUDA device here", flush=True)
+        return
+    import poemerge
+
+    device = torch.device("cuda")
+    a = torch.randn(8192, 8192, device=device)
+    a @ a
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    torch.cuda.synchronize()
+    ceiling = 10 * 2 * 8192**3 / (time.perf_counter() - started)
+    total = 0.0
+    for shape, count in (((4096, 4096), 4), ((11008, 4096), 2), ((4096, 11008), 1)):
+        deltas = torch.randn(8, *shape, device=device) * 1e-3
+        side = "output" if shape[0] <= shape[1] else "input"
+        for _ in range(2):  # the first one warms up
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            solution = poemerge.solve(deltas, side=side, rtol=1e-5)  # type: ignore[arg-type]
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+        least = 2.0 * 2 * 8 * shape[0] * shape[1] * min(shape)
+        note = f"{solution.steps} steps, {least / seconds / ceiling:.0%} of the product's ceiling"
+        table.add(f"{shape[0]}×{shape[1]}, 8 experts, side {side}", seconds, "s", None, note)
+        total += count * seconds
+        del deltas
+    name = torch.cuda.get_device_name()
+    table.add("a layer of a 7B model", total, "s", None, f"{name}; 32 layers: {32 * total:.0f} s")
+
+
+def main() -> int:
+    """Measure what was asked for; 0 when every target holds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", type=Path, required=True, help="a folder with about 20 GB free; models are kept in it"
+    )
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {','.join(SECTIONS)}")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--mergekit", type=Path, default=Path("mergekit-venv/bin/mergekit-yaml"))
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--released-run", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.released_run:
+        base, experts = make_models(args.work, 2, 4)
+        released_way(base, experts, args.work / "out" / "released", eps=0.3, jitter=1e-3, steps=50)
+        return 0
+    (args.work / "out").mkdir(parents=True, exist_ok=True)
+    table = Table()
+    sections: dict[str, Callable[[], None]] = {
+        "floor": lambda: run_floor(args.work, table, args.layers),
+        "lora": lambda: run_lora(args.work, table, args.layers),
+        "memory": lambda: run_memory(args.work, table, args.layers),
+        "mergekit": lambda: run_mergekit(args.work, table, args.layers, args.mergekit),
+        "released": lambda: run_released(args.work, table),
+        "gpu": lambda: run_gpu(table),
+    }
+    for name in args.only.split(","):
+        sections[name]()
+    if args.json is not None:
+        args.json.write_text(json.dumps(table.rows, indent=1) + "\n")
+    return 0 if all(row["holds"] is not False for row in table.rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
