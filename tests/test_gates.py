@@ -48,6 +48,15 @@ def test_better_passes_and_says_by_how_much() -> None:
     assert low < found["mean"].figures["gain"] < high
 
 
+def test_a_broken_task_model_does_not_inflate_what_it_divides() -> None:
+    """Task model b scores 0.1: relative to it a gain of 2 % in b would count as 20 % and hide the loss in a."""
+    candidate = {"a": scored(290), "b": scored(308, expert=0.1)}
+    champion = {"a": scored(300), "b": scored(300)}
+    found = gates(candidate, champion)
+    assert found["mean"].figures["gain"] == pytest.approx((8 - 10) / 400 / 0.9 / 2)
+    assert found["mean"].verdict == "fail"
+
+
 def test_a_lower_mean_fails_and_a_margin_is_wanted_in_full() -> None:
     same = {"a": scored(300)}
     assert gates(same, same)["mean"].verdict == "pass"

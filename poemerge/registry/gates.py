@@ -105,15 +105,18 @@ def _against_champion(
 
 
 class _Pair:
-    """Candidate and champion on one suite, both relative to the candidate's task model (the champion's own may be
-    older), or to the champion where there is no task model.
+    """Candidate and champion on one suite, both relative to the better of the task models that they were made with.
+
+    A landing that is broken has a low score of its own; taken as the divisor it would blow the ratios up. Where there
+    is no task model they are relative to the champion.
     """
 
     def __init__(self, candidate: Scored, champion: Scored, samples: int, seed: int) -> None:
         metric = metric_named(candidate.metric)
-        self.score = (candidate.score, champion.score)
-        self.expert = champion.score if candidate.expert is None else candidate.expert
         higher = metric.higher_is_better
+        self.score = (candidate.score, champion.score)
+        experts = [score for score in (candidate.expert, champion.expert) if score is not None]
+        self.expert = (max if higher else min)(experts, default=champion.score)
         self.normalised = [float(normalised(score, self.expert, higher)) for score in self.score]
         self.gain = self.normalised[0] - self.normalised[1]
         self.resampled: Any = None
