@@ -110,7 +110,7 @@ def environment() -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": ""}
 
 
-def poemerge(project: Project, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+def poemerge(project: Project, *arguments: str, timeout: float = 580.0) -> subprocess.CompletedProcess[str]:
     """`poemerge ARGUMENTS` in the project's folder."""
     return subprocess.run(
         [sys.executable, "-m", "poemerge", *arguments],

@@ -22,7 +22,7 @@ from poemerge.project import Project
 
 pytestmark = pytest.mark.server
 
-PATIENCE = 240.0
+PATIENCE = 500.0
 
 
 class Served:

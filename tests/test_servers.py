@@ -23,39 +23,37 @@ from poemerge.servers import answers, embedded_prefect, mlflow_server, publish, 
 ROOT = Path(__file__).parents[1]
 
 SCHEDULED = """
-import os, sys, time
+import time
 from pathlib import Path
+from poemerge.lifeline import Child
 from poemerge.project import Project
 from poemerge.servers import prefect_server, use_prefect
+
+def completed(client):
+    return [run for run in client.read_flow_runs() if run.state_type.value == "COMPLETED"]
+
 project = Project(Path.cwd())
-with prefect_server(project, schedules=True) as url:
+with prefect_server(project, schedules=True) as url, open("serving.log", "wb") as log:
     use_prefect(project, url)
-    from datetime import timedelta
-    from prefect import flow
     from prefect.client.orchestration import get_client
-    import threading
-    from work import noted
-    threading.Thread(target=lambda: noted.serve("often", interval=timedelta(seconds=2)), daemon=True).start()
-    deadline = time.monotonic() + 120
-    while not Path("noted.txt").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    with get_client(sync_client=True) as client:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            runs = [run for run in client.read_flow_runs() if run.state_type.value == "COMPLETED"]
-            if runs:
-                break
+    with Child("serving", [], cwd=project.root, output=log), get_client(sync_client=True) as client:
+        deadline = time.monotonic() + 240
+        while not completed(client) and time.monotonic() < deadline:
             time.sleep(0.5)
-    print("auto_scheduled", runs[0].auto_scheduled, flush=True)
-    os._exit(0)
+        print([run.auto_scheduled for run in completed(client)][:1], Path("noted.txt").read_text(), flush=True)
 """
 
-WORK = """
+SERVING = """
+from datetime import timedelta
 from pathlib import Path
 from prefect import flow
+
 @flow
 def noted():
     Path("noted.txt").write_text("ran")
+
+if __name__ == "__main__":
+    noted.serve("often", interval=timedelta(seconds=5))
 """
 
 
@@ -97,10 +95,10 @@ def wait_until_nobody_works_in(folder: Path) -> None:
 @pytest.mark.server
 def test_a_prefect_server_starts_and_a_scheduled_run_happens(project: Project) -> None:
     # Versions of fastapi and sqlalchemy that pip calls compatible break one or the other.
-    (project.root / "work.py").write_text(WORK)
+    (project.root / "serving.py").write_text(SERVING)
     process = start(SCHEDULED, project)
-    out, err = process.communicate(timeout=300)
-    assert out.strip().endswith("auto_scheduled True"), err
+    out, err = process.communicate(timeout=500)
+    assert out.strip() == "[True] ran", err
     wait_until_nobody_works_in(project.root)
 
 

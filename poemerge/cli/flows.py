@@ -37,14 +37,17 @@ def run_remerge(project: Project, *, reason: str, verbose: bool = False) -> dict
     os.chdir(project.root)
     with ended_by_sigterm(), embedded_prefect(project):
         remerge, stage = load(project, "flows.remerge"), load(project, "tasks.stage")
-        from prefect.logging.handlers import APILogHandler
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
 
         try:
             with StageDisplay(project, stage.listeners, verbose=verbose):
                 summary: dict[str, Any] = remerge.remerge(remerge.Remerge(reason=reason))
         finally:
-            # Prefect sends its last lines in the background, and the server may end with this block.
-            APILogHandler().flush()
+            # Prefect sends its last lines and events in the background, and the server may end with this block: what
+            # is left then is tried again and again at exit.
+            for worker in (APILogWorker, EventsWorker):
+                worker.drain_all(timeout=10)
     return summary
 
 
