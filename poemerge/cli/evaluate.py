@@ -40,6 +40,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--baseline", action="append", default=[], metavar="METHOD", help="merge by this method too, and score that"
     )
+    parser.add_argument(
+        "--posterior-samples", type=int, default=0, metavar="N", help="score an ensemble of N draws of the merge too"
+    )
+    parser.add_argument(
+        "--temperature", type=float, help="width of the draws (default: the best of several on the validation split)"
+    )
     parser.add_argument("--json", action="store_true", help="everything that is known, as JSON")
     parser.set_defaults(run=run)
 
@@ -85,7 +91,20 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     contenders[1:1] = [field.baseline(_method(name), params.merge) for name in args.baseline]
     runtime = choose_runtime(settings.device, settings.dtype, settings.batch_size)
     store = ScoreStore(project.state / "scores", project.scores)  # the pipeline's own are DVC's: read only
-    results = evaluate_models(suites, contenders, store, runtime, keep_others=True)
+    results = {
+        name: dict(row) for name, row in evaluate_models(suites, contenders, store, runtime, keep_others=True).items()
+    }
+    if args.posterior_samples > 0:
+        from poemerge.ensemble import score_ensemble
+
+        chosen = {name: settings.suites[name] for name in wanted}
+        validation = open_suites(project, chosen, "validation") if args.temperature is None else []
+        drawn, temperature = score_ensemble(
+            field, suites, validation, store, runtime, count=args.posterior_samples, seed=settings.seed,
+            temperature=args.temperature, merged=args.model,
+        )  # fmt: skip
+        for name, one in drawn.items():
+            results[name][f"ensemble (T={temperature:g})"] = one
     return summarise(suites, results, store, project.root, samples=settings.bootstrap_samples, seed=settings.seed)
 
 
@@ -117,4 +136,17 @@ def _print(evaluation: dict[str, Any]) -> None:
             if key != "task"
         ]
         table.add_row(row["task"], *cells)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    calibration = Table(box=None, pad_edge=False, header_style="bold")
+    for place, heading in enumerate(("model", "calibration error", "nll, nats")):
+        calibration.add_column(heading, justify="left" if place == 0 else "right")
+    for name in dict.fromkeys(who for suite in evaluation["suites"].values() for who in suite["scores"]):
+        own = [
+            suite["scores"][name] for suite in evaluation["suites"].values() if "ece" in suite["scores"].get(name, {})
+        ]
+        if own:
+            ece, nll = (sum(one[key] for one in own) / len(own) for key in ("ece", "nll"))
+            calibration.add_row(name, f"{ece:.3f}", f"{nll:.3f}")
+    if calibration.row_count:
+        console.print(calibration)

@@ -60,7 +60,11 @@ class ImageClassification:
         return len(self.images)
 
     def predict(self, model: Model, runtime: Runtime) -> Columns:
-        """Logits of every image."""
+        """Target, predicted class, confidence and nll of every image."""
+        return columns_of(self.logits(model, runtime), self.target)
+
+    def logits(self, model: Model, runtime: Runtime) -> Tensor:
+        """`[example, class]`."""
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
         private = private_tensors(model)
@@ -96,7 +100,7 @@ class ImageClassification:
                 logits = out.logits if head is None else head(self._embedding(out, clip))
                 found.append(logits.float().cpu())
                 runtime.tick(len(logits))
-        return columns_of(torch.cat(found), self.target)
+        return torch.cat(found)
 
     def score(self, predictions: Columns) -> dict[str, float]:
         """accuracy, macro_f1, nll, ece."""

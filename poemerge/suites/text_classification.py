@@ -64,7 +64,11 @@ class TextClassification:
         return len(self.texts)
 
     def predict(self, model: Model, runtime: Runtime) -> Columns:
-        """Logits of every text, in batches of like length."""
+        """Target, predicted class, confidence and nll of every text."""
+        return columns_of(self.logits(model, runtime), self.target)
+
+    def logits(self, model: Model, runtime: Runtime) -> Tensor:
+        """`[example, class]`, computed in batches of like length."""
         from transformers import AutoModel, AutoModelForSequenceClassification
 
         private = private_tensors(model)
@@ -92,7 +96,7 @@ class TextClassification:
                 found.append(logits.float().cpu())
                 runtime.tick(len(logits))
         logits = torch.cat(found)
-        return columns_of(logits[torch.argsort(torch.tensor(order))], self.target)
+        return logits[torch.argsort(torch.tensor(order))]
 
     def score(self, predictions: Columns) -> dict[str, float]:
         """accuracy, macro_f1, nll, ece."""
