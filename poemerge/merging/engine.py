@@ -243,6 +243,7 @@ def _line(p: ParameterPlan, entry: dict[str, Any], seconds: float) -> dict[str, 
         "steps": entry.get("steps", 0),
         "energy_first": entry.get("energy_first"),
         "energy_last": entry.get("energy_last"),
+        "energy": entry.get("energy", []),  # by step; left out for a stack of matrices
         "outcome": entry["outcome"],
         "seconds": round(seconds, 6),
     }
