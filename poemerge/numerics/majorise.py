@@ -1,7 +1,7 @@
 """Majorise–minimise for a batch of problems, accelerated without leaving the basin that the plain steps lead to."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,13 +18,9 @@ __all__ = ["Mode", "Problem", "find_mode", "settled_gap"]
 _STALLED_STEPS = 4
 
 
+@runtime_checkable
 class Problem(Protocol):
-    """What majorise–minimise asks of a least-squares problem: its minimiser for given weights, and its residuals.
-
-    `exact` says that the minimiser comes from a factorisation, not from iterations with a precision of their own.
-    """
-
-    exact: bool
+    """What majorise–minimise asks of a least-squares problem: its minimiser for given weights, and its residuals."""
 
     def minimise(
         self, weights: Tensor, prior: Tensor, start: Tensor | None, rtol: float
@@ -96,20 +92,14 @@ def settled_gap(dtype: torch.dtype, rtol: float) -> float:
     return max(0.1 * rtol, 64 * torch.finfo(dtype).eps)
 
 
-def _solve_rtol(problem: Problem, rtol: float, gap: float) -> float:
-    """How precisely an iterative minimiser is asked to solve: loosely while the weights still move."""
-    return rtol if problem.exact else max(rtol, 0.1 * min(1e-2, gap))
-
-
 def _extrapolate(problem: Problem, energy: Energy, mode: Mode, max_steps: int, rtol: float) -> Mode:
     """Anderson's phase of a single problem: until the weights settle, or an extrapolation is refused."""
     anderson = Anderson()
     proposal, plain = energy.log_weights(mode.residual_sq), True
     slack = 64 * torch.finfo(mode.theta.dtype).eps
     while int(mode.steps) < max_steps:
-        inner_rtol = _solve_rtol(problem, rtol, float(mode.gap))
         weights = torch.where(energy.present, proposal.exp(), 0.0)
-        theta, solved = problem.minimise(weights, energy.prior, mode.theta, inner_rtol)
+        theta, solved = problem.minimise(weights, energy.prior, mode.theta, rtol)
         residual_sq = problem.residual_sq(theta)
         value, before = energy.of(residual_sq, norm_sq(theta)), mode.trace[-1]
         mode = replace(mode, steps=mode.steps + 1, trace=[*mode.trace, torch.minimum(value, before)])
@@ -119,7 +109,7 @@ def _extrapolate(problem: Problem, energy: Energy, mode: Mode, max_steps: int, r
         image = energy.log_weights(residual_sq)
         gap = (image - proposal).abs().amax(-1)
         mode = replace(mode, theta=theta, residual_sq=residual_sq, gap=gap)
-        if bool(gap <= settled_gap(theta.dtype, rtol)) and (problem.exact or inner_rtol <= rtol):
+        if bool(gap <= settled_gap(theta.dtype, rtol)):
             return mode
         extrapolated = anderson.extrapolate(proposal[0], image[0])
         if extrapolated is None and not plain:
@@ -143,8 +133,7 @@ def _descend(problem: Problem, energy: Energy, mode: Mode, max_steps: int, rtol:
     smallest, stalled = torch.full_like(gap, torch.inf), torch.zeros_like(steps)
     active = torch.ones_like(ok)
     while bool((active := active & (steps < max_steps)).any()):
-        inner_rtol = _solve_rtol(problem, rtol, float(gap[active].min()))
-        trial, solved = problem.minimise(energy.weights(residual_sq), energy.prior, theta, inner_rtol)
+        trial, solved = problem.minimise(energy.weights(residual_sq), energy.prior, theta, rtol)
         step = torch.where(solved[:, None, None], trial - theta, 0.0)
         slope, own, across = problem.expand(theta, step, last)
         slope = torch.cat([slope, dot(theta, step)[:, None]], 1)
@@ -174,6 +163,5 @@ def _descend(problem: Problem, energy: Energy, mode: Mode, max_steps: int, rtol:
         stalled = torch.where(gap < smallest, 0, stalled + 1)
         smallest = torch.minimum(gap, smallest)
         exhausted = exhausted | (active & (stalled >= _STALLED_STEPS) & (smallest < eps**0.5))
-        settled = (gap <= goal) & (problem.exact or inner_rtol <= rtol)
-        active = active & kept & ~settled & ~exhausted
+        active = active & kept & (gap > goal) & ~exhausted
     return Mode(theta, residual_sq, trace, steps, gap, ok, exhausted)

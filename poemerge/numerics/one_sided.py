@@ -60,7 +60,6 @@ class OneSided:
 
     # r is in the units of the deltas to this power.
     residual_degree = 2
-    exact = True
 
     def __init__(self, deltas: Float[Tensor, "batch expert out in"], mean_over: int) -> None:
         """`mean_over`: how many diagonal entries mean diag H averages over (the full `out` for a factored solve)."""

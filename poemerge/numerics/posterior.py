@@ -36,6 +36,7 @@ class Posterior:
     deltas: Float[Tensor, "expert k l"]
     weights: Float[Tensor, " expert"]
     prior_precision: Float[Tensor, ""]
+    pooling: float = 0.0
 
     @property
     def precision(self) -> Float[Tensor, "k k"]:
@@ -90,10 +91,13 @@ class Posterior:
         norm = self.deltas.square().sum((-1, -2), keepdim=True).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
         unit = self.deltas / norm
         strength = (2 * self.weights).sqrt()[:, None, None]
-        problem = TwoSided(self.deltas.unsqueeze(0), mean_over=rows * columns)
+        problem = TwoSided(self.deltas.unsqueeze(0), rows * columns, self.pooling)
+        # R_i = F_i F_iᵀ, with R_i in the coordinates that the problem is solved in.
+        values, vectors = torch.linalg.eigh(problem.right.squeeze(0))
+        factor = problem.right_basis @ (vectors * values.clamp_min(0).sqrt().unsqueeze(-2))
         samples = []
         for _ in range(count):
-            right = (strength * (unit @ normal(experts, columns, rows) @ unit)).sum(0)
+            right = (strength * (unit @ normal(experts, columns, columns) @ factor.mT)).sum(0)
             right = right + (2 * self.prior_precision).sqrt() * normal(rows, columns)
             solved = problem.invert(2 * self.weights[None], 2 * self.prior_precision[None], right[None], _SAMPLE_RTOL)
             samples.append(solved.squeeze(0))

@@ -91,14 +91,16 @@ class Solution:
     - `weights`: MM weights w_i at theta in the units of the given deltas, float64 `[*batch, expert]`; 0 for an expert
       whose delta is zero.
     - `prior_precision`: the λ that was used, float64 `[*batch]`.
+
+    With row blocks these two are per block: `[*batch, block, expert]` and `[*batch, block]`.
     """
 
     theta: Tensor | Factored
     outcome: Outcome
     steps: int
     energy: Float[Tensor, "step *batch"]
-    weights: Float[Tensor, "*batch expert"]
-    prior_precision: Float[Tensor, "*batch"]
+    weights: Float[Tensor, "*problem expert"]
+    prior_precision: Float[Tensor, "*problem"]
     members: "tuple[Solution, ...]" = field(default=(), repr=False)
     make_posterior: "Callable[[], Posterior] | None" = field(default=None, repr=False, compare=False)
 
@@ -115,7 +117,8 @@ class Solution:
         """The Laplace approximation of exp(−E) at theta, of a single solution (use `unbind` on a batch)."""
         if self.make_posterior is None:
             raise ValueError(
-                "a batch has no posterior of its own; take one of its members: solution.unbind()[i].posterior"
+                "a batch, or a matrix solved in row blocks, has no posterior of its own; take a member's: "
+                "solution.unbind()[i].posterior, and no row_blocks"
             )
         return self.make_posterior()
 

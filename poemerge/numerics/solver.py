@@ -23,12 +23,10 @@ __all__ = ["Adapter", "solve"]
 
 Scale = Literal["task-norm", "gram-norm", "fitted"]
 Prior = Literal["relative", "absolute"]
-Adapter = tuple[Tensor, Tensor, float]
+Adapter = tuple[Tensor, Tensor, float | int]
 
 # "fitted" never takes experts to agree better than this fraction of ‖R_i(0)‖²: the scale must stay above zero.
 _LEAST_FITTED = 1e-6
-# How precisely an iterative solver finds the start: the steps after it are solved as precisely as is asked.
-_START_RTOL = 1e-3
 
 
 def solve(
@@ -41,6 +39,7 @@ def solve(
     prior: Prior = "relative",
     prior_precision: float = 1e-3,
     side: Side = "output",
+    pooling: float = 0.3,
     init: Literal["gaussian", "mean"] | Float[Tensor, "*batch out in"] = "gaussian",
     max_steps: int = 50,
     rtol: float = 1e-6,
@@ -63,6 +62,8 @@ def solve(
       `[*batch, expert]` is γ_i itself, in the units of r.
     - `prior_precision`: λ if `prior` is "absolute"; if "relative", λ is this many times the mean diagonal entry of
       Σ w_i G_i (of its Kronecker form for both sides) at the weights the start gives, fixed from there on.
+    - `pooling`: y in [0, 1], for both sides alone: the input Gram Â_iᵀÂ_i is shrunk to the mean over the experts,
+      S_i² = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j; 0 leaves each its own, and the residual is then Âᵀ_i(Θ − A_i)Âᵀ_i.
     - `init`: "gaussian" starts from the solution for w_i = 1, "mean" from the plain mean, a tensor from itself (dense
       deltas only). The energy is not convex, so the start matters.
     - `max_steps`: linear solves after the start, at most. `rtol`: relative precision of theta to stop at, judged by the
@@ -75,7 +76,18 @@ def solve(
     expert) and `BadInputError` for settings that make no sense.
     """
     settings = _Settings(
-        expert, tail_index, scale, scale_factor, prior, prior_precision, side, init, max_steps, rtol, accelerate
+        expert,
+        tail_index,
+        scale,
+        scale_factor,
+        prior,
+        prior_precision,
+        side,
+        pooling,
+        init,
+        max_steps,
+        rtol,
+        accelerate,
     )
     settings.check()
     with torch.no_grad(), full_precision():
@@ -98,6 +110,7 @@ class _Settings:
     prior: Prior
     prior_precision: float
     side: Side
+    pooling: float
     init: Literal["gaussian", "mean"] | Tensor
     max_steps: int
     rtol: float
@@ -142,6 +155,7 @@ class _Settings:
         need(positive, "scale_factor", self.scale_factor, "a finite number above 0", "give one, 0.1 say")
         bounded = 0 <= self.prior_precision < math.inf
         need(bounded, "prior_precision", self.prior_precision, "a finite number, 0 or more", "give one, 1e-3 say")
+        need(0 <= self.pooling <= 1, "pooling", self.pooling, "a number from 0 to 1", "give one, 0.3 say")
         need(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more", "raise it")
         need(0 < self.rtol < 1, "rtol", self.rtol, "a number between 0 and 1", "give one, 1e-6 say")
         if problems:
@@ -334,7 +348,7 @@ def _solve_once(
         deltas = deltas.mT.contiguous()
     rows, columns = size if settings.side != "input" else size[::-1]
     problem: OneSided | TwoSided
-    problem = TwoSided(deltas, rows * columns) if settings.side == "both" else OneSided(deltas, rows)
+    problem = TwoSided(deltas, rows * columns, settings.pooling) if settings.side == "both" else OneSided(deltas, rows)
     degree = problem.residual_degree
     # Also absent is an expert so much smaller than the others that its Gram matrix underflows.
     present = (problem.trace > 0) & (problem.start_residual_sq > 0)
@@ -356,11 +370,9 @@ def _solve_once(
     else:
         if scale_sq is None:
             first = present * unit.unsqueeze(-1) ** (2 * degree)
-            precision = _START_RTOL
         else:
             first = torch.where(present, expert.weight(torch.zeros_like(scale_sq), scale_sq), 0.0)
-            precision = settings.rtol
-        theta, ok = problem.minimise(first, prior_at(first), None, precision)
+        theta, ok = problem.minimise(first, prior_at(first), None, settings.rtol)
     residual_sq = problem.recentre(theta, problem.residual_sq(theta))
     if scale_sq is None:
         scale_sq = _scale_sq(settings, problem, deltas, unit, residual_sq, present, scales)
@@ -449,13 +461,13 @@ def _member(
     own, own_weights = theta[index], weights[index]
     energy = torch.stack(mode.trace[: steps + 1])[:, index]
     if outcome is ended.EMPTY:
-        own, own_weights = torch.zeros_like(own), torch.zeros_like(own_weights)
+        own, own_weights, energy = torch.zeros_like(own), torch.zeros_like(own_weights), torch.zeros_like(energy[:1])
     elif outcome is ended.CLOSED_FORM:
         steps = 1
     elif not outcome.ok:
         own, own_weights, energy = given[index].mean(0), torch.zeros_like(own_weights), energy[:1]
 
     def posterior() -> Posterior:
-        return Posterior(own, settings.side, given[index].double(), own_weights, prior[index])
+        return Posterior(own, settings.side, given[index].double(), own_weights, prior[index], settings.pooling)
 
     return Solution(own, outcome, steps, energy, own_weights, prior[index], make_posterior=posterior)

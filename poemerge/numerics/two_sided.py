@@ -1,4 +1,4 @@
-"""The two-sided (Kronecker) product of experts: residual Â_iᵀ(Θ − A_i)Â_iᵀ with Â_i = A_i/‖A_i‖_F."""
+"""The two-sided (Kronecker) product of experts: residual Â_iᵀ(Θ − A_i)R_i^½ with Â_i = A_i/‖A_i‖_F."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +12,11 @@ _MAX_CONJUGATE_STEPS = 400
 
 
 class TwoSided:
-    """Σ w_i L_i Θ R_i + λΘ = Σ w_i L_i A_i R_i, with L_i = Â_iÂ_iᵀ and R_i = Â_iᵀÂ_i, for a batch of equal shapes.
+    """Σ w_i L_i Θ R_i + λΘ = Σ w_i L_i A_i R_i, with L_i = Â_iÂ_iᵀ and R_i = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j.
+
+    `pooling` y: each expert's input Gram is a noisy estimate of what its task's inputs look like in this layer, and
+    tasks share most of that, so it is shrunk to the pooled one. Without it nobody guards the directions in which only some
+    other expert moves, and Θ overshoots. The output Gram is the task's own, and stays.
 
     The problem is solved in the eigenbases of Σ L_i and Σ R_i. There the operator's own diagonal, Σ w_i diag L_i ⊗
     diag R_i + λ, is a strong preconditioner: a Kronecker product of the summed Grams, exact on their diagonals and free
@@ -20,9 +24,8 @@ class TwoSided:
     """
 
     residual_degree = 1
-    exact = False
 
-    def __init__(self, deltas: Float[Tensor, "batch expert out in"], mean_over: int) -> None:
+    def __init__(self, deltas: Float[Tensor, "batch expert out in"], mean_over: int, pooling: float) -> None:
         """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
         self.mean_over = mean_over
         norm = norm_sq(deltas).sqrt()[..., None, None]
@@ -32,13 +35,18 @@ class TwoSided:
         self.deltas = self.enter(deltas)
         unit = self.enter(unit)
         self.left, self.right = gram(unit), gram(unit.mT)
+        if pooling:
+            present = (norm > 0).sum(1, keepdim=True).clamp_min(1)
+            # An expert that is absent has no output Gram, so what it is given here says nothing.
+            self.right = self.right.lerp(self.right.sum(1, keepdim=True) / present, pooling)
         self.left_diagonal = self.left.diagonal(dim1=-2, dim2=-1)
         self.right_diagonal = self.right.diagonal(dim1=-2, dim2=-1)
         self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
         self.start_residual_sq = (self.deltas * self._each(self.deltas)).sum(-1).double().sum(-1).clamp_min(0)
         self._refer(self.deltas.mean(1))
 
-    def _each(self, theta: Float[Tensor, "batch expert out in"]) -> Float[Tensor, "batch expert out in"]:
+    def _each(self, theta: Float[Tensor, "batch #expert out in"]) -> Float[Tensor, "batch each out in"]:
+        """L_i Θ R_i for every expert, of one Θ or of one each."""
         return self.left @ theta @ self.right
 
     def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
@@ -137,7 +145,7 @@ class TwoSided:
         return step
 
     def residual_sq(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch expert"]:
-        """r_i² = ‖Â_iᵀ(Θ − A_i)Â_iᵀ‖²_F, never below 0."""
+        """r_i² = ⟨L_i(Θ − A_i)R_i, Θ − A_i⟩, never below 0."""
         step = theta - self.reference
         linear, quadratic = inner(self.slopes, step), inner(self._each(step.unsqueeze(1)), step)
         return (self.reference_residual_sq + 2 * linear + quadratic).clamp_min(0)
