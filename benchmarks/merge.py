@@ -1,11 +1,12 @@
 """Speed and memory of merging: against the floor of reading and writing, mergekit, and the released code's way.
 
     python benchmarks/merge.py --work /tmp/bench                    # the whole table, about 30 minutes on 2 cores
-    python benchmarks/merge.py --work /tmp/bench --only floor,lora  # some of it: floor lora memory mergekit released gpu
+    python benchmarks/merge.py --work /tmp/bench --only floor,lora  # of floor lora memory mergekit released gpu
 
-Checkpoints are Llama-shaped and generated under --work (about 1 GB each in float32, 24 layers). Ratios come from runs that
-take turns within one process or one loop, so that other work on the machine touches both sides alike; the smallest of the
-rounds counts. mergekit is taken from --mergekit (its own venv: pip install mergekit) and skipped, with a line, without it.
+Checkpoints are Llama-shaped and generated under --work (about 1 GB each in float32, 24 layers). Ratios come from runs
+that take turns within one process or one loop, so that other work on the machine touches both sides alike; the smallest
+of the rounds counts, and processor seconds stand beside it, which other work disturbs less. mergekit is taken from
+--mergekit (its own venv: pip install mergekit) and skipped, with a line, without it.
 Exit status 0 when every target that was measured holds, 1 when one does not.
 """
 
@@ -123,14 +124,18 @@ def floor(base: Path, experts: Mapping[str, Path], out: Path) -> None:
     save_file(result, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def take_turns(runs: Mapping[str, Callable[[], None]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+Seconds = dict[str, list[tuple[float, float]]]
+"""Of each run, round by round: seconds on the clock, and processor seconds of all threads."""
+
+
+def take_turns(runs: Mapping[str, Callable[[], None]], rounds: int = ROUNDS) -> Seconds:
     """Seconds of each run, round by round, in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: Seconds = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            started = time.perf_counter()
+            clock, processor = time.perf_counter(), time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append((time.perf_counter() - clock, time.process_time() - processor))
     return seconds
 
 
@@ -147,16 +152,19 @@ class Table:
         print(f"{what:<58} {figure:8.2f} {unit:<8}{verdict}  {note}", flush=True)
 
 
-def compare(
-    table: Table, baseline: str, seconds: Mapping[str, list[float]], targets: Mapping[str, float | None]
-) -> None:
+def compare(table: Table, baseline: str, seconds: Seconds, targets: Mapping[str, float | None]) -> None:
     """Add each run's ratio to the baseline's, of the smallest rounds."""
-    least = min(seconds[baseline])
-    table.add(baseline, least, "s", None, f"rounds {', '.join(f'{s:.2f}' for s in seconds[baseline])}")
+    least, processor = (min(column) for column in zip(*seconds[baseline], strict=True))
+    table.add(baseline, least, "s", None, f"{processor:.2f} processor s; rounds {_rounds(seconds[baseline])}")
     for name, own in seconds.items():
         if name != baseline:
-            note = f"{min(own):.2f} s; rounds {', '.join(f'{s:.2f}' for s in own)}"
-            table.add(f"{name} / {baseline}", min(own) / least, "×", targets.get(name), note)
+            clock, own_processor = (min(column) for column in zip(*own, strict=True))
+            note = f"{clock:.2f} s, processor × {own_processor / processor:.2f}; rounds {_rounds(own)}"
+            table.add(f"{name} / {baseline}", clock / least, "×", targets.get(name), note)
+
+
+def _rounds(seconds: list[tuple[float, float]]) -> str:
+    return ", ".join(f"{clock:.2f}" for clock, _ in seconds)
 
 
 def run_floor(work: Path, table: Table, layers: int) -> None:
@@ -165,7 +173,7 @@ def run_floor(work: Path, table: Table, layers: int) -> None:
     out = work / "out"
 
     def ours(method: str) -> Callable[[], None]:
-        return lambda: void(merge(base, experts, out / method, MergeParams(method=method)))  # type: ignore[arg-type]
+        return lambda: void(merge(base, experts, out / method, MergeParams.model_validate({"method": method})))
 
     runs = {"floor of 4 full experts": lambda: floor(base, experts, work / "floor-out")}
     seconds = take_turns({**runs, "mean": ours("mean"), "task_arithmetic": ours("task_arithmetic")})
@@ -181,11 +189,11 @@ def run_lora(work: Path, table: Table, layers: int) -> None:
     base, _ = make_models(work, layers, 0)
     adapters = make_adapters(work, layers, 8)
     runs: dict[str, Callable[[], None]] = {"floor of the base alone": lambda: floor(base, {}, work / "floor-out")}
-    for side in ("both", "output"):
-        params = MergeParams(side=side)  # type: ignore[arg-type]
-        runs[f"poe, 8 adapters r=16, side {side}"] = lambda params=params: void(
-            merge(base, adapters, work / "out" / "lora", params)
-        )
+
+    def ours(side: str) -> Callable[[], None]:
+        return lambda: void(merge(base, adapters, work / "out" / "lora", MergeParams.model_validate({"side": side})))
+
+    runs |= {f"poe, 8 adapters r=16, side {side}": ours(side) for side in ("both", "output")}
     compare(table, "floor of the base alone", take_turns(runs), {"poe, 8 adapters r=16, side both": 3.0})
 
 
@@ -255,7 +263,7 @@ def run_mergekit(work: Path, table: Table, layers: int, program: Path) -> None:
 
 
 def released_way(base: Path, experts: Mapping[str, Path], out: Path, eps: float, jitter: float, steps: int) -> None:
-    """The paper's released code in its own manner: everything in memory, one layer at a time, every residual recomputed.
+    """The released code in its own manner: everything in memory, one layer at a time, every residual recomputed.
 
     Cauchy, output side, rows in square blocks, stop on an absolute change of 1e-5; what is no matrix is averaged.
     """
@@ -267,7 +275,7 @@ def released_way(base: Path, experts: Mapping[str, Path], out: Path, eps: float,
         if value.ndim != 2 or "embed" in name:
             result[name] = value + deltas.mean(0)
             continue
-        blocks = [_textbook(block, eps, jitter, steps) for block in deltas.split(value.shape[1], dim=1)]
+        blocks = [_textbook(block, eps, jitter, steps) for block in torch.split(deltas, value.shape[1], dim=1)]
         result[name] = value + torch.cat(blocks)
     out.mkdir(parents=True, exist_ok=True)
     save_file(result, out / "model.safetensors", metadata={"format": "pt"})
@@ -278,7 +286,7 @@ def _textbook(deltas: torch.Tensor, eps: float, jitter: float, steps: int) -> to
     targets = grams @ deltas
     identity = jitter * torch.eye(deltas.shape[1])
     scales = eps * deltas.square().sum((1, 2))
-    theta = torch.linalg.solve(grams.sum(0) + identity, targets.sum(0))
+    theta: torch.Tensor = torch.linalg.solve(grams.sum(0) + identity, targets.sum(0))
     for _ in range(steps):
         residuals = (deltas.mT @ (theta - deltas)).square().sum((1, 2))
         weights = 1 / (scales + residuals)

@@ -48,25 +48,30 @@ def merge_elementwise(
     """
     started = time.perf_counter()
     base = loaded.base.to(torch.float32)
-    total = torch.zeros_like(base)
+    total: Tensor | None = None
     count = 0
     for expert, counts in zip(loaded.experts, moved, strict=True):
         whole = loaded.whole.pop(expert, None)
         if not counts:
             continue
         if whole is not None:
-            total += whole.to(torch.float32).sub_(base) if whole.dtype != torch.float32 else whole.sub_(base)
+            delta = whole.to(torch.float32).sub_(base)  # in place: what was read is ours
+            total = delta if total is None else total.add_(delta)
         if expert in loaded.factors:
             b, a, scaling = loaded.factors[expert]
+            total = torch.zeros_like(base) if total is None else total
             total.addmm_(b.to(torch.float32), a.to(torch.float32), alpha=scaling)
         count += 1
     entry: dict[str, Any] = {"outcome": "mean" if settings.method != "task_arithmetic" else "sum"}
-    if count == 0 or not bool(total.any()):
+    # One pass tells both: a sum that is not finite, and, but for rare cancellation, one that is zero everywhere.
+    signal = 0.0 if total is None else float(total.sum())
+    if not math.isfinite(signal):
+        raise NotFiniteError(loaded.name, None)
+    if total is None or (signal == 0 and not bool(total.any())):
         return Merged(None, {**entry, "outcome": "unchanged", "seconds": time.perf_counter() - started})
     share = {"mean": 1 / experts, "average": 1 / count, "task_arithmetic": 1.0}[settings.method]
-    merged = base.add_(total, alpha=settings.coefficient * share)
-    if not bool(merged.isfinite().all()):
-        raise NotFiniteError(loaded.name, None)
+    # The sum's memory becomes the result's: the base may be the very tensor that was read.
+    merged = torch.add(base, total, alpha=settings.coefficient * share, out=total)
     return Merged(merged.to(dtype), {**entry, "seconds": time.perf_counter() - started})
 
 
@@ -111,6 +116,7 @@ def _solve(deltas: Any, settings: ParameterSettings) -> poemerge.Solution:
         prior=settings.prior,
         prior_precision=settings.prior_precision,
         side=settings.side,
+        pooling=settings.pooling,
         max_steps=settings.max_steps,
         rtol=settings.rtol,
     )
@@ -246,6 +252,7 @@ def _entry(solution: poemerge.Solution, experts: Sequence[str]) -> dict[str, Any
         "steps": solution.steps,
         "energy_first": float(solution.energy[0]),
         "energy_last": float(solution.energy[-1]),
+        "energy": [float(f"{value:.6g}") for value in solution.energy.tolist()],
         "outcome": solution.outcome.code,
     }
 

@@ -19,8 +19,8 @@ __all__ = ["Action", "ParameterPlan", "Plan", "Unit", "make_plan"]
 
 Action = Literal["merged", "averaged", "left_at_base"]
 
-BLOCK_BYTES = 1 << 24
-"""Entry by entry merges go through a parameter in blocks of rows of about this size (float32)."""
+BLOCK_BYTES = 1 << 22
+"""Entry by entry merges go through a parameter in blocks of rows of about this size (float32): a few fit a cache."""
 
 BASELINE_WORKING_SETS: Mapping[str, float] = {"tsv_m": 5.0, "iso_c": 4.0, "wudi": 12.0, "karcher": 22.0}
 """Memory that a baseline takes for one matrix beside its stack of deltas, in stacks; 7 where it is not named."""

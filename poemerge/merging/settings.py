@@ -76,6 +76,7 @@ class ParameterSettings:
     family: Family
     tail_index: float | None
     side: Side
+    pooling: float
     scale: Literal["task-norm", "gram-norm", "fitted"]
     scale_factor: float
     prior: Literal["relative", "absolute"]
@@ -98,6 +99,7 @@ def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) ->
         family=choice.family,
         tail_index=choice.tail_index,
         side=params.side,
+        pooling=params.pooling,
         scale=params.scale,
         scale_factor=params.scale_factor,
         prior=params.prior,
