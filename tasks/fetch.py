@@ -14,7 +14,7 @@ from poemerge.checkpoints import ExpertSet
 from poemerge.errors import BadInputError, CheckpointError, Problem, ProjectError, SourceError
 from poemerge.params import Params
 from poemerge.project import Project
-from poemerge.sources import Entry, Lock, Refusal, RetryPolicy, bring, holds, read_source_json, workplace
+from poemerge.sources import Entry, Lock, Refusal, RetryPolicy, bring, holds, read_source_json, recover, workplace
 from poemerge.sources.contents import Kind
 from poemerge.sources.source import Workplace
 from tasks.report import StageReport
@@ -54,7 +54,9 @@ def fetch(project: Project, params: Params, policy: RetryPolicy | None = None) -
         )
     place = workplace(project)
     scratch = project.base.parent / "fetch.partial"  # a name that git and DVC ignore
-    shutil.rmtree(scratch, ignore_errors=True)
+    jobs = [("suite", name, entry, project.suite(name)) for name, entry in lock.suites.items()]
+    jobs += [("expert", name, entry, project.expert(name)) for name, entry in lock.experts.items()]
+    recover(scratch, [project.base, *(target for *_, target in jobs)])
 
     def fetch_one(what: str, name: str, entry: Entry, target: Path) -> _Outcome:
         return _fetch_one(what, name, entry, target, place, scratch, project.base, policy)
@@ -62,8 +64,6 @@ def fetch(project: Project, params: Params, policy: RetryPolicy | None = None) -
     outcomes = [fetch_one("base", "base", lock.base, project.base)]
     if outcomes[0].problems:
         raise _error(outcomes)
-    jobs = [("suite", name, entry, project.suite(name)) for name, entry in lock.suites.items()]
-    jobs += [("expert", name, entry, project.expert(name)) for name, entry in lock.experts.items()]
     with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:
         outcomes += pool.map(lambda job: fetch_one(*job), jobs)
     place.digests.save()

@@ -212,6 +212,17 @@ def test_an_interrupted_fetch_is_cleared_away(project: Project) -> None:
     )
 
 
+def test_killed_between_its_two_renames_the_old_folder_comes_back(project: Project) -> None:
+    fetched(project, PARAMS + "fetch: {on_bad_expert: skip}\n")
+    good = folder_digest(project.expert("full"))
+    aside = project.base.parent / "fetch.partial" / "old" / "experts" / "full"
+    aside.parent.mkdir(parents=True)
+    project.expert("full").rename(aside)
+    make_full_expert(make_base(project.root / "models" / "b1", layers=1), project.root / "models" / "full", 4)
+    assert "keeps sha256:" in fetched(project).warnings[0]
+    assert folder_digest(project.expert("full")) == good
+
+
 def test_the_report_is_small_json(project: Project, tmp_path: Path) -> None:
     fetched(project).write(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["table"][0]["what"] == "base"

@@ -91,6 +91,17 @@ def test_images_have_a_version_and_their_own_unprivileged_user() -> None:
     assert targets == {"services", "worker"}
 
 
+def test_nothing_is_published_beyond_this_machine_by_default_and_containers_may_do_little() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert set(published) == {"prefect", "mlflow", "s3"}
+    assert all(port.startswith("${BIND:-127.0.0.1}:") for ports in published.values() for port in ports)
+    for service in SERVICES.values():
+        if "build" in service:
+            assert service["read_only"]
+            assert service["cap_drop"] == ["ALL"]
+            assert service["security_opt"] == ["no-new-privileges:true"]
+
+
 def test_the_gpu_worker_differs_only_in_its_device() -> None:
     cpu, gpu = dict(SERVICES["worker"]), dict(SERVICES["worker-gpu"])
     (device,) = gpu.pop("deploy")["resources"]["reservations"]["devices"]

@@ -1,6 +1,6 @@
 """Where the base, the experts and the suites' data come from: local folders, hubs, MLflow, object stores."""
 
-from poemerge.sources.bring import bring, holds, read_source_json
+from poemerge.sources.bring import bring, holds, read_source_json, recover
 from poemerge.sources.lock import Change, Entry, Lock
 from poemerge.sources.refusal import Refusal, RetryPolicy
 from poemerge.sources.resolve import find_problems, resolve, workplace
@@ -15,6 +15,7 @@ __all__ = [
     "find_problems",
     "holds",
     "read_source_json",
+    "recover",
     "resolve",
     "workplace",
 ]

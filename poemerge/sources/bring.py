@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from poemerge.sources.lock import Entry
 from poemerge.sources.refusal import RetryPolicy, retrying
 from poemerge.sources.source import Workplace
 
-__all__ = ["bring", "holds", "read_source_json"]
+__all__ = ["bring", "holds", "read_source_json", "recover"]
 
 
 def read_source_json(folder: Path) -> dict[str, Any] | None:
@@ -102,6 +102,20 @@ def bring(
     return int(facts["size"])
 
 
+def recover(scratch: Path, targets: Iterable[Path]) -> None:
+    """Put back what a fetch that was killed between its two renames had moved aside, and clear `scratch`."""
+    for target in targets:
+        old = _aside(target, scratch)
+        if old.exists() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            old.rename(target)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _aside(target: Path, scratch: Path) -> Path:
+    return scratch / "old" / target.parent.name / target.name
+
+
 def _sync(folder: Path) -> None:
     """Have the bytes on disk before the rename says that they are there."""
     for name in files_below(folder):
@@ -113,7 +127,7 @@ def _sync(folder: Path) -> None:
 
 
 def _swap(partial: Path, target: Path, scratch: Path) -> None:
-    old = scratch / "old" / target.parent.name / target.name
+    old = _aside(target, scratch)
     shutil.rmtree(old, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
