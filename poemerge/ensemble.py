@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import poemerge
 from poemerge.checkpoints import Checkpoint, ExpertSet
 from poemerge.contenders import Field
 from poemerge.errors import BadInputError, Problem
 from poemerge.merging import FamilyChoice, Selection
+from poemerge.merging.compute import _solve as solve_as_merged
 from poemerge.merging.settings import ParameterSettings, resolve
 from poemerge.params import MergeParams
 from poemerge.suites.classification import columns_of
@@ -51,6 +51,10 @@ class Ensemble:
 
         Raises BadInputError when `merged` is no product of experts.
         """
+        if not (merged / "merge.json").is_file():
+            raise BadInputError(
+                Problem(str(merged), "no merge.json", "a folder that poemerge merged", "leave --posterior-samples out")
+            )
         record = json.loads((merged / "merge.json").read_text(encoding="utf-8"))
         lines = [json.loads(line) for line in (merged / "ledger.jsonl").read_text(encoding="utf-8").split("\n") if line]
         solved = [line["name"] for line in lines if line["rule"] == "merged" and line["method"] == "poe"]
@@ -106,18 +110,7 @@ def _noise(experts: ExpertSet, name: str, settings: ParameterSettings, count: in
 
     deltas = experts.deltas(name)
     transposed = experts.transposed(name)
-    solution = poemerge.solve(
-        deltas.mT if transposed else deltas,
-        expert=settings.family,
-        tail_index=settings.tail_index,
-        scale=settings.scale,
-        scale_factor=settings.scale_factor,
-        prior=settings.prior,
-        prior_precision=settings.prior_precision,
-        side=settings.side,
-        max_steps=settings.max_steps,
-        rtol=settings.rtol,
-    )
+    solution = solve_as_merged(deltas.mT if transposed else deltas, settings)
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     draws = solution.posterior.sample(count, generator=generator)
     assert isinstance(draws, Tensor)  # the deltas were dense
