@@ -54,7 +54,7 @@ def ties(
     """
     _fraction("density", density)
     deltas = _checked(deltas, 1)
-    sizes = deltas.flatten(1).abs()
+    sizes = deltas.reshape(len(deltas), -1).abs()
     kept = max(1, math.ceil(density * sizes.shape[1]))
     threshold = sizes.kthvalue(sizes.shape[1] - kept + 1, dim=1).values
     trimmed = torch.where(deltas.abs() >= threshold.view(-1, *[1] * (deltas.ndim - 1)), deltas, 0.0)
@@ -213,7 +213,7 @@ def _checked(deltas: Tensor, least_dimensions: int) -> Tensor:
             f"got {deltas.dtype} {list(deltas.shape)}, expected floating point {form} with at least one "
             "expert. Next: stack one parameter's deltas over the experts."
         )
-    finite = deltas.isfinite().movedim(axis, 0).flatten(1).all(1)
+    finite = deltas.isfinite().movedim(axis, 0).reshape(deltas.shape[axis], -1).all(1)
     if not bool(finite.all()):
         index = int((~finite).nonzero()[0])
         raise NumericsError(

@@ -15,8 +15,8 @@ class TwoSided:
     """Σ w_i L_i Θ R_i + λΘ = Σ w_i L_i A_i R_i, with L_i = Â_iÂ_iᵀ and R_i = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j.
 
     `pooling` y: each expert's input Gram is a noisy estimate of what its task's inputs look like in this layer, and
-    tasks share most of that, so it is shrunk to the pooled one. Without it nobody guards the directions in which only some
-    other expert moves, and Θ overshoots. The output Gram is the task's own, and stays.
+    tasks share most of that, so it is shrunk to the pooled one. Without it nobody guards the directions in which only
+    some other expert moves, and Θ overshoots. The output Gram is the task's own, and stays.
 
     The problem is solved in the eigenbases of Σ L_i and Σ R_i. There the operator's own diagonal, Σ w_i diag L_i ⊗
     diag R_i + λ, is a strong preconditioner: a Kronecker product of the summed Grams, exact on their diagonals and free
