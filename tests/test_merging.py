@@ -172,6 +172,63 @@ def test_folder_is_whole_and_loads(models: dict[str, Path], tmp_path: Path) -> N
     ] == []
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "names", [("one", "two"), ("lora", "lora2"), ("one", "lora")], ids=lambda names: "+".join(names)
+)
+def test_cuda_agrees_with_the_processor(models: dict[str, Path], tmp_path: Path, names: tuple[str, ...]) -> None:
+    experts = _experts(models, *names)
+    for settings in ({"side": "output"}, {"side": "both"}, {"method": "ties"}, {"method": "tsv_m"}):
+        merge(
+            models["base"],
+            experts,
+            tmp_path / "cpu",
+            MergeParams.model_validate({**settings, "rtol": 1e-6, "device": "cpu"}),
+        )
+        on_cuda = MergeParams.model_validate({**settings, "rtol": 1e-6, "device": "cuda", "max_memory": "300KB"})
+        first = merge(models["base"], experts, tmp_path / "cuda", on_cuda).record
+        assert merge(models["base"], experts, tmp_path / "again", on_cuda).record["digest"] == first["digest"]
+        assert first["device"] == torch.cuda.get_device_name()
+        expected = _weights(tmp_path / "cpu")
+        for name, value in _weights(tmp_path / "cuda").items():
+            torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=0, msg=f"{settings} {name}")
+
+
+def test_equal_shapes_come_together_for_a_gpu(models: dict[str, Path]) -> None:
+    """The plan of a CUDA device, made here: batches of one shape within the budget, each parameter once."""
+    from poemerge.merging.plan import make_plan
+
+    experts = ExpertSet.open(models["base"], _experts(models, "one", "two"))
+    plan = make_plan(experts, MergeParams(**FAST, max_memory="3MB"), Selection(), "cuda")
+    units = plan.order[0]
+    assert max(len(unit.parameters) for unit in units) > 2
+    assert all(len({p.shape for p in unit.parameters}) == 1 for unit in units)
+    assert all(unit.memory <= plan.max_memory for unit in units)
+    names = [p.name for unit in units if unit.last for p in unit.parameters]
+    assert names == [name for name, _, _ in plan.shards[0].tensors]
+    assert sorted(names) == sorted(experts.names())
+
+
+def test_a_batch_is_its_matrices_one_by_one(models: dict[str, Path]) -> None:
+    from poemerge.merging.compute import _batched, merge_matrices
+    from poemerge.merging.settings import resolve
+
+    experts = ExpertSet.open(models["base"], _experts(models, "one", "two"))
+    names = [f"encoder.layer.{i}.attention.self.{kind}.weight" for i in (0, 1) for kind in ("query", "key")]
+    settings = resolve(MergeParams(**FAST), Selection(), names[0], "matrix")
+    bases = torch.stack([experts.base.read(name) for name in names])
+    deltas = torch.stack([experts.deltas(name) for name in names])
+    deltas[2] = 0
+    one_by_one = merge_matrices(names, ["one", "two"], bases, deltas, settings, False, torch.float32, 2)
+    together = _batched(names, ["one", "two"], bases, deltas, settings, False, torch.float32)
+    assert together[2].weight is None
+    assert one_by_one[2].weight is None
+    for one, other in zip(one_by_one, together, strict=True):
+        if one.weight is not None and other.weight is not None:
+            torch.testing.assert_close(one.weight, other.weight, atol=1e-6, rtol=0)
+            assert one.entry["weights"] == pytest.approx(other.entry["weights"], rel=1e-4)
+
+
 def test_same_inputs_same_digest(models: dict[str, Path], tmp_path: Path) -> None:
     experts = _experts(models, "one", "two", "lora")
     digests = set()
