@@ -18,7 +18,7 @@ from poemerge.project import Project
 
 __all__ = ["answers", "embedded_prefect", "mlflow_server", "prefect_server", "publish", "published", "use_prefect"]
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 """A first start creates the database; on a busy machine that takes a while."""
 
 

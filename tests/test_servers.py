@@ -131,11 +131,13 @@ def test_an_embedded_server_ends_with_its_starter(project: Project, number: sign
 
 
 @pytest.mark.server
-def test_an_mlflow_server_serves_the_projects_own_store(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_mlflow_server_serves_the_projects_own_store_and_commands_find_it(project: Project) -> None:
     with mlflow_server(project) as url:
-        assert answers(f"{url}/health", seconds=10)
-        with urllib.request.urlopen(f"{url}/", timeout=20) as response:
+        with urllib.request.urlopen(f"{url}/", timeout=60) as response:
             assert b"MLflow" in response.read()
+        with publish(project, {"mlflow": url, "prefect": "http://127.0.0.1:9/api"}):
+            assert published(project) == {"mlflow": url}, "no dead ones"
+        assert published(project) == {}
     assert project.mlflow_db.is_file()
     assert not answers(f"{url}/health")
 
@@ -144,13 +146,6 @@ def test_a_server_that_is_configured_must_answer(project: Project, monkeypatch: 
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     with pytest.raises(ServerError, match="PREFECT_API_URL"), embedded_prefect(project):
         pass
-
-
-@pytest.mark.server
-def test_commands_find_the_servers_that_ui_keeps_and_no_dead_ones(project: Project) -> None:
-    with mlflow_server(project) as url, publish(project, {"mlflow": url, "prefect": "http://127.0.0.1:9/api"}):
-        assert published(project) == {"mlflow": url}
-    assert published(project) == {}
 
 
 def test_who_holds_a_lock_is_known_and_a_dead_holder_holds_nothing(project: Project) -> None:
