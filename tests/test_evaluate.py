@@ -289,3 +289,37 @@ def test_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(SuiteError, match=r"evaluate\.device"):
         choose_runtime("cuda:99", "auto", 8)
     assert choose_runtime("cpu", "float32", 8).dtype == torch.float32
+
+
+def test_command_scores_without_touching_what_the_pipeline_owns(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from poemerge.cli.main import main
+
+    project.params_yaml.write_text(
+        "base: {source: b}\nexperts: {one: {source: o}, adapted: {source: a}}\n"
+        "evaluate: {dtype: float32, bootstrap_samples: 100, suites: {one: {}, two: {expert: adapted}}}\n"
+    )
+    (project.root / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.chdir(project.root)
+
+    def owned() -> dict[Path, bytes]:
+        files = [path for folder in (project.scores, project.root / "metrics") for path in folder.rglob("*.*")]
+        return {path: path.read_bytes() for path in files}
+
+    before = owned()
+    assert main(["evaluate", "--suite", "two", "--split", "validation", "--baseline", "mean", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["suites"]) == {"two"}
+    assert set(found["mean"]["baselines"]) == {"mean"}
+    assert owned() == before
+
+    assert main(["evaluate", str(project.base), "--suite", "one"]) == 0
+    printed = capsys.readouterr().out
+    assert "normalised" in printed
+    assert "calibration error" in printed
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith(("one", "base"))}
+    assert rows["one"][0] == rows["one"][1], "the base, given as the model, scores as the base does"
+
+    assert main(["evaluate", "--suite", "three"]) == 2
+    assert "one of one, two" in capsys.readouterr().err

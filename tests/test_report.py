@@ -211,6 +211,19 @@ def test_registration_of_an_earlier_merge_is_not_shown(project: Project) -> None
     assert "not registered yet" in write_report(project, PARAMS).read_text()
 
 
+def test_command_writes_it(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from poemerge.cli.main import main
+
+    project.params_yaml.write_text("base: {source: b}\nexperts: {alpha: {source: a}}\nregister: {model: wren}\n")
+    (project.root / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.chdir(project.root)
+    assert main(["report"]) == 0
+    assert str(project.report_html) in capsys.readouterr().out
+    assert "wren" in project.report_html.read_text()
+
+
 @pytest.mark.parametrize("value", np.linspace(-1, 1, 21).tolist())
 def test_text_on_every_cell_is_legible(value: float) -> None:
     """WCAG's contrast of at least 4.5 between a cell and the text on it."""
