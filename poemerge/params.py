@@ -129,6 +129,7 @@ class MergeOverride(Section):
     method: Method | None = None
     family: Family | None = None
     side: Side | None = None
+    pooling: float | None = Field(default=None, ge=0, le=1)
     scale: Literal["task-norm", "gram-norm", "fitted"] | None = None
     scale_factor: float | None = Field(default=None, gt=0)
     prior: Literal["relative", "absolute"] | None = None
@@ -141,13 +142,14 @@ class MergeParams(Section):
 
     method: Method = "poe"
     side: Side = "both"
+    pooling: float = Field(default=0.3, ge=0, le=1)
     scale: Literal["task-norm", "gram-norm", "fitted"] = "gram-norm"
     scale_factor: float = Field(default=0.1, gt=0)
     prior: Literal["relative", "absolute"] = "relative"
     prior_precision: float = Field(default=1e-2, ge=0)
     coefficient: float = 1.0
     max_steps: int = Field(default=50, ge=1)
-    rtol: float = Field(default=1e-5, gt=0, lt=1)
+    rtol: float = Field(default=3e-3, gt=0, lt=1)
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, MergeOverride] = Field(default_factory=dict)
