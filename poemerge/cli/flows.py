@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from poemerge.project import Project
 from poemerge.servers import embedded_prefect
 
-__all__ = ["ended_by_sigterm", "load", "run_remerge"]
+__all__ = ["ended_by_sigterm", "load", "prefect_here", "run_remerge"]
 
 
 def load(project: Project, module: str) -> ModuleType:
@@ -34,21 +34,31 @@ def run_remerge(project: Project, *, reason: str, verbose: bool = False) -> dict
 
     # What Prefect would write on the terminal tears the display; all of it is on the run's page.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    with prefect_here(project):
+        remerge, stage = load(project, "flows.remerge"), load(project, "tasks.stage")
+        with StageDisplay(project, stage.listeners, verbose=verbose):
+            summary: dict[str, Any] = remerge.remerge(remerge.Remerge(reason=reason))
+    return summary
+
+
+@contextlib.contextmanager
+def prefect_here(project: Project) -> Iterator[None]:
+    """Within this block flows run in this process, in the project's root, on the configured Prefect server or our own.
+
+    Enter it before prefect is imported.
+    """
     os.chdir(project.root)
     with ended_by_sigterm(), embedded_prefect(project):
-        remerge, stage = load(project, "flows.remerge"), load(project, "tasks.stage")
-        from prefect.events.worker import EventsWorker
-        from prefect.logging.handlers import APILogWorker
-
         try:
-            with StageDisplay(project, stage.listeners, verbose=verbose):
-                summary: dict[str, Any] = remerge.remerge(remerge.Remerge(reason=reason))
+            yield
         finally:
+            from prefect.events.worker import EventsWorker
+            from prefect.logging.handlers import APILogWorker
+
             # Prefect sends its last lines and events in the background, and the server may end with this block: what
             # is left then is tried again and again at exit.
             for worker in (APILogWorker, EventsWorker):
                 worker.drain_all(timeout=10)
-    return summary
 
 
 @contextlib.contextmanager

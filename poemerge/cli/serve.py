@@ -22,7 +22,7 @@ worker, the deployments of prefect.yaml with the schedule of params.yaml, and th
 
 $ poemerge serve
 Prefect:     http://127.0.0.1:4200
-Deployments: remerge (by cron 0 3 * * *, and 30 s after a landing), watch, promote, remind
+Deployments: remerge (by cron 0 3 * * *, and 30 s after a landing), watch, promote, remind, sweep
 Sources:     looked at each 60 s
 Worker:      at work
 

@@ -45,23 +45,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run flows/sweep.py here."""
-    import os
-
-    from poemerge.cli.flows import ended_by_sigterm, load
+    from poemerge.cli.flows import load, prefect_here
     from poemerge.errors import ParamsError, Problem
     from poemerge.project import Project
-    from poemerge.servers import embedded_prefect
 
     for flag, value in (("--trials", args.trials), ("--minutes", args.minutes), ("--examples", args.examples)):
         if value is not None and value <= 0:
             raise ParamsError(Problem(flag, str(value), "a positive number", "give one"))
     project = Project.find()
     project.load_params()
-    os.chdir(project.root)
-    with ended_by_sigterm(), embedded_prefect(project):
+    with prefect_here(project):
         module = load(project, "flows.sweep")
-        from prefect.logging.handlers import APILogHandler
-
         request = module.Sweep(
             trials=args.trials,
             minutes=args.minutes,
@@ -71,10 +65,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             write=args.write,
         )
-        try:
-            found = module.sweep(request)
-        finally:
-            APILogHandler().flush()
+        found = module.sweep(request)
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
