@@ -78,8 +78,12 @@ def make_plan(project: Project, params: Params, changed: Mapping[str, list[Any]]
     for name in STAGES:
         reasons = list(_reasons(changed.get(name, []), stages[name], recorded.get(name), project))
         if name == "fetch":
-            reasons = [r for r in reasons if r.what != project.sources_lock.name]
+            # That sources.lock changed says less than which source did, or that an earlier run did not get to fetch it.
+            resolved = [r for r in reasons if r.what == project.sources_lock.name]
+            reasons = [r for r in reasons if r not in resolved]
             reasons += [Reason("source", _told(change)) for change in sources]
+            if resolved and not sources:
+                reasons.append(Reason("source", "what was resolved last is not fetched yet"))
         before = [plan.stage for plan in plans if plan.work != "none" and _feeds(stages[plan.stage], stages[name])]
         if reasons:
             plans.append(StagePlan(name, "run", tuple(reasons), seconds.get(name)))

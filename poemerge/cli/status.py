@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from poemerge.project import Project
+    from poemerge.sources import Lock
 
 __all__ = ["add_parser", "run"]
 
@@ -52,13 +53,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _status(project: Project) -> dict[str, Any]:
     from poemerge.errors import PoemergeError
-    from poemerge.sources import Lock, resolve
+    from poemerge.sources import resolve
 
-    before = Lock.read(project.sources_lock)
     landed, waiting, trouble = [], {}, None
     try:
         lock = resolve(project, project.load_params(), write=False)
-        landed, waiting = [vars(change) for change in lock.changes(before)], {**lock.waiting, **lock.skipped}
+        landed, waiting = _landed(project, lock), {**lock.waiting, **lock.skipped}
     except PoemergeError as error:
         # A source that is down or wrong is part of the status, not the end of it.
         trouble = str(error)
@@ -70,6 +70,25 @@ def _status(project: Project) -> dict[str, Any]:
         "failures": _failures(project),
         **_server(project),
     }
+
+
+def _landed(project: Project, lock: Lock) -> list[dict[str, Any]]:
+    """Base, experts and suites whose revision of now is not the one merged; sources.lock may be ahead of the merge."""
+    from dataclasses import replace
+
+    from poemerge.sources import Lock
+
+    merge, before = _read(project.merge_json), Lock.read(project.sources_lock)
+    if merge is None or before is None:
+        return [vars(change) for change in lock.changes(None)]
+    known = {**lock.experts, **before.experts}
+    merged = {
+        name: replace(known[name], revision=facts["revision"])
+        for name, facts in merge["experts"].items()
+        if name in known
+    }
+    base = replace(before.base, revision=merge["base"].get("revision") or before.base.revision)
+    return [vars(change) for change in lock.changes(replace(before, base=base, experts=merged))]
 
 
 def _merged(project: Project) -> dict[str, Any] | None:
