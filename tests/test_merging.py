@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import poemerge
 from poemerge.checkpoints import Checkpoint, ExpertSet, file_digest, weights_digest
+from poemerge.checkpoints.remote import as_path
 from poemerge.cli.main import main
+from poemerge.errors import CheckpointError
 from poemerge.merging import FamilyChoice, Selection, merge, prepare
 from poemerge.merging.card import licence_clash
 from poemerge.merging.stream import MemoryGate, stream
@@ -260,6 +262,23 @@ def test_large_parameters_go_block_by_block(
         blocks = merge(models["base"], experts, tmp_path / "b", MergeParams(method=method, **FAST)).record
         assert blocks["digest"] == record["digest"]
         assert blocks["rules"] == record["rules"]
+
+
+def test_inputs_in_object_storage(models: dict[str, Path], tmp_path: Path) -> None:
+    """What fsspec reads (memory:// here, s3:// on a cluster) merges to the same digest, adapters included."""
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for name in ("base", "one", "lora"):
+        store.put(str(models[name]) + "/", f"/bucket/{name}/", recursive=True)
+    local = merge(models["base"], _experts(models, "one", "lora"), tmp_path / "local", MergeParams(**FAST))
+    places = {name: as_path(f"memory://bucket/{name}") for name in ("base", "one", "lora")}
+    remote = merge(places.pop("base"), places, tmp_path / "remote", MergeParams(**FAST))
+    assert remote.record["digest"] == local.record["digest"]
+    assert (tmp_path / "remote" / "config.json").read_bytes() == (tmp_path / "local" / "config.json").read_bytes()
+    assert remote.record["experts"]["one"]["source"] == "memory://bucket/one"
+    with pytest.raises(CheckpointError, match="memory://bucket/nothing"):
+        merge(as_path("memory://bucket/nothing"), places, tmp_path / "no", MergeParams(**FAST))
 
 
 def test_include_exclude_and_overrides(models: dict[str, Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from poemerge.checkpoints.checkpoint import HEAD, PICKLES, Checkpoint
+from poemerge.checkpoints.remote import as_path
 from poemerge.checkpoints.safetensors_file import load_json
 from poemerge.errors import CheckpointError, Problem
 
@@ -91,7 +92,7 @@ class Adapter:
         Raises CheckpointError with every problem: kinds of adapter other than LoRA, options that change what B A
         means (DoRA, PiSSA …), factors without their partner or whose shapes do not fit.
         """
-        path = Path(path)
+        path = as_path(path)
         config_path = path / ADAPTER_CONFIG
         try:
             if config_path.stat().st_size > _CONFIG_LIMIT:

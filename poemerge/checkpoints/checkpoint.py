@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poemerge.checkpoints.remote import as_path
 from poemerge.checkpoints.safetensors_file import SafetensorsFile, load_json
 from poemerge.errors import CheckpointError, Problem
 
@@ -42,7 +43,7 @@ class Checkpoint:
         Every header is read and checked, no tensor is. Raises CheckpointError with every problem found: pickles,
         missing or truncated files, an index that names files outside the folder or disagrees with them.
         """
-        path = Path(path)
+        path = as_path(path)
         if path.is_file():
             if path.suffix in PICKLES:
                 raise CheckpointError(_pickle(path, [path], expert))

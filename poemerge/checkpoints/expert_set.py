@@ -19,6 +19,7 @@ from poemerge.checkpoints.compatibility import (
     transposed_layout,
 )
 from poemerge.checkpoints.names import Rule, match_names, rule_of, selected
+from poemerge.checkpoints.remote import as_path
 from poemerge.checkpoints.safetensors_file import FLOATS
 from poemerge.errors import CheckpointError, Problem
 
@@ -147,11 +148,12 @@ class ExpertSet:
         problems: list[Problem] = []
         base_checkpoint: Checkpoint | None = None
         try:
-            if is_adapter(Path(base)) and not (Path(base) / "config.json").is_file():
+            base = as_path(base)
+            if is_adapter(base) and not (base / "config.json").is_file():
                 raise CheckpointError(
                     Problem(str(base), "a LoRA adapter", "a full model as the base", "name the model it was trained on")
                 )
-            base_checkpoint = Checkpoint.open(Path(base))
+            base_checkpoint = Checkpoint.open(base)
             if not len(base_checkpoint):
                 raise CheckpointError(Problem(str(base), "no tensors", "the base's weights", "fetch the base again"))
         except CheckpointError as error:
@@ -159,7 +161,7 @@ class ExpertSet:
         opened: dict[str, Expert] = {}
         for name, path in sorted(experts.items()):
             try:
-                opened[name] = _open_expert(name, Path(path))
+                opened[name] = _open_expert(name, as_path(path))
             except CheckpointError as error:
                 problems += error.problems
         if not experts:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poemerge.checkpoints.remote import RemotePath
 from poemerge.errors import CheckpointError, Problem
 
 __all__ = ["DTYPES", "FLOATS", "HEADER_LIMIT", "SafetensorsFile", "TensorEntry", "dtype_name"]
@@ -42,6 +43,7 @@ HEADER_LIMIT = 100_000_000
 """The safetensors library's own limit on the header, in bytes."""
 
 _READ_CHUNK = 1 << 30
+_REMOTE_CHUNK = 1 << 26
 _ADVICE = "fetch or write the file again: it is truncated or damaged"
 _TOLD = 3
 """A truncated file makes a problem of every tensor behind the cut: so many are told, the others counted."""
@@ -137,6 +139,10 @@ class SafetensorsFile:
     def _fill(self, name: str, out: Tensor, start: int) -> None:
         if not out.numel():
             return
+        place: Any = self.path
+        if isinstance(place, RemotePath):
+            self._fill_remotely(place, name, out, start)
+            return
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -144,16 +150,28 @@ class SafetensorsFile:
         while done < len(buffer):
             count = os.preadv(self._descriptor, [buffer[done : done + _READ_CHUNK]], start + done)
             if count == 0:
-                raise CheckpointError(
-                    Problem(
-                        str(self.path),
-                        f"the end of the file after {done} of {len(buffer)} bytes",
-                        "the whole tensor, as when the file was opened",
-                        "do not write to inputs during a merge; fetch the file again",
-                        tensor=name,
-                    )
-                )
+                raise self._ended(name, done, len(buffer))
             done += count
+
+    def _fill_remotely(self, path: RemotePath, name: str, out: Tensor, start: int) -> None:
+        buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        for first in range(0, len(buffer), _REMOTE_CHUNK):
+            size = min(_REMOTE_CHUNK, len(buffer) - first)
+            data = path.read_range(start + first, start + first + size)
+            if len(data) != size:
+                raise self._ended(name, first + len(data), len(buffer))
+            buffer[first : first + size] = data
+
+    def _ended(self, name: str, done: int, size: int) -> CheckpointError:
+        return CheckpointError(
+            Problem(
+                str(self.path),
+                f"the end of the file after {done} of {size} bytes",
+                "the whole tensor, as when the file was opened",
+                "do not write to inputs during a merge; fetch the file again",
+                tensor=name,
+            )
+        )
 
     def close(self) -> None:
         """Give the file descriptor back; a later read opens it again."""

@@ -38,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--base", required=True, type=Path, metavar="DIR", help="the model that all experts came from")
+    parser.add_argument("--base", required=True, metavar="DIR", help="the model that all experts came from; or s3://…")
     parser.add_argument(
         "--expert",
         required=True,
@@ -83,14 +83,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Check, plan, and merge unless it is a dry run."""
+    from poemerge.checkpoints.remote import as_path
+
     params, selection = _params(args), _selection(args)
+    base = as_path(args.base)
     experts = _experts(args.expert)
     from poemerge.merging import merge, prepare
     from poemerge.merging.staging import check_output
 
     check_output(args.out)
     if args.dry_run:
-        _, checkpoints, plan = prepare(args.base, experts, params, selection)
+        _, checkpoints, plan = prepare(base, experts, params, selection)
         try:
             _show_plan(args, checkpoints, plan)
         finally:
@@ -98,13 +101,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     started = time.monotonic()
     with _progress() as told:
-        result = merge(args.base, experts, args.out, params, selection, digests=args.digests, progress=told)
+        result = merge(base, experts, args.out, params, selection, digests=args.digests, progress=told)
     _show_result(args, result, time.monotonic() - started)
     return 0
 
 
 def _experts(given: list[str]) -> dict[str, Path]:
     """Folders by expert name; raises ParamsError for what is no NAME=DIR, and for a name given twice."""
+    from poemerge.checkpoints.remote import as_path
     from poemerge.errors import ParamsError, Problem
 
     found: dict[str, Path] = {}
@@ -117,7 +121,7 @@ def _experts(given: list[str]) -> dict[str, Path]:
         elif name in found:
             problems.append(Problem("--expert", f"{name} twice", "each name once", "rename one of them", expert=name))
         else:
-            found[name] = Path(folder)
+            found[name] = as_path(folder)
     if problems:
         raise ParamsError(problems)
     return found

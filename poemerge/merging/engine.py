@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from poemerge.checkpoints import ExpertSet, Loaded, ShardFile
+from poemerge.checkpoints.remote import as_path
 from poemerge.errors import CheckpointError, Problem
 from poemerge.merging.compute import Merged, NotFiniteError, merge_elementwise, merge_matrices
 from poemerge.merging.device import Transfer, choose_device
@@ -57,7 +57,10 @@ def open_job(job: Job) -> tuple[ExpertSet, Plan, str]:
     """The job's checkpoints, its plan and the device; raises CheckpointError or BadInputError with every problem."""
     device = job.device()
     experts = ExpertSet.open(
-        Path(job.base), {name: Path(path) for name, path in job.experts.items()}, job.params.include, job.params.exclude
+        as_path(job.base),
+        {name: as_path(path) for name, path in job.experts.items()},
+        job.params.include,
+        job.params.exclude,
     )
     return experts, make_plan(experts, job.params, job.selection, device), device
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poemerge.checkpoints import folder_digest
+from poemerge.checkpoints.remote import as_path
 from poemerge.merging.card import licence_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def source_record(folder: Path, with_digest: bool) -> dict[str, Any]:
 
 def input_identities(job: Job) -> dict[str, Any]:
     """By expert ("" is the base): its recorded digest, else names, sizes and times of its files."""
-    return {name: _identity(Path(path)) for name, path in [("", job.base), *job.experts.items()]}
+    return {name: _identity(as_path(path)) for name, path in [("", job.base), *job.experts.items()]}
 
 
 def _identity(folder: Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from poemerge.checkpoints import ExpertSet, model_config, save_tensors, weights_digest
+from poemerge.checkpoints.remote import as_path
 from poemerge.merging.card import model_card
 from poemerge.merging.engine import Job
 from poemerge.merging.identity import source_record
@@ -31,7 +31,7 @@ def write_companions(job: Job, experts: ExpertSet, plan: Plan, staging: Staging,
     """Write everything but the weights into the staging folder; returns the content of merge.json."""
     records = {shard.file: staging.finished(shard, check=False) for shard in plan.shards}
     ledger = [line for record in records.values() if record is not None for line in record["ledger"]]
-    base = Path(job.base)
+    base = as_path(job.base)
     _copy_companions(base if base.is_dir() else base.parent, staging, job.params.dtype)
     for name, expert in experts.experts.items():
         private = expert.read_private()
@@ -45,7 +45,7 @@ def write_companions(job: Job, experts: ExpertSet, plan: Plan, staging: Staging,
         "base": source_record(base, with_digests),
         "experts": {
             name: {
-                **source_record(Path(path), with_digests),
+                **source_record(as_path(path), with_digests),
                 "kind": experts.experts[name].kind,
                 "lacks": experts.experts[name].lacks,
             }
@@ -97,7 +97,7 @@ def _copy_companions(base: Path, staging: Staging, dtype: str) -> None:
             )
             continue
         partial = staging.folder / (file.name + ".partial")
-        shutil.copyfile(file, partial)
+        partial.write_bytes(file.read_bytes())
         partial.replace(staging.folder / file.name)
 
 

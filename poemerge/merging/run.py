@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from poemerge.checkpoints import ExpertSet, write_index
+from poemerge.checkpoints.remote import as_path
 from poemerge.merging.engine import Job, Progress, open_job, run_shards
 from poemerge.merging.identity import input_identities
 from poemerge.merging.output import write_companions
@@ -36,8 +37,8 @@ def prepare(
     Raises CheckpointError or BadInputError with every problem.
     """
     job = Job(
-        str(Path(base).absolute()),
-        {name: str(Path(path).absolute()) for name, path in sorted(experts.items())},
+        str(as_path(base).absolute()),
+        {name: str(as_path(path).absolute()) for name, path in sorted(experts.items())},
         params,
         selection or Selection(),
     )
