@@ -68,14 +68,14 @@ def test_old_candidates_go_with_what_only_they_need(
     (gone,) = what.gone
     folder = model_folder(gone)
     assert main(["gc", "--keep", "2", "--dry-run"]) == 0
-    assert "would remove 1 versions: 2" in capsys.readouterr().out
+    assert "would remove 1 version: 2" in capsys.readouterr().out
     assert numbers(versions) == ["5", "4", "3", "2", "1"]
     assert folder.is_dir()
 
     assert main(["gc", "--keep", "2"]) == 0
     out = capsys.readouterr().out
-    assert "removed 1 versions: 2" in out
-    assert "removed 2 cache entries" in out
+    assert "removed 1 version: 2" in out
+    assert "removed 2 cache files" in out
     assert numbers(versions) == ["5", "4", "3", "1"]
     assert not folder.exists()
     assert client.get_run(gone.run_id).info.lifecycle_stage == "deleted"

@@ -19,7 +19,7 @@ DVC remote is left alone.
 example:
   $ poemerge gc --keep 10 --dry-run
   would remove 2 versions: 4 (b27c1f9e0a55), 3 (5d10c77fe812)
-  would remove 6 cache entries, 45.9 MB
+  would remove 6 cache files, 45.9 MB
 """
 
 MD5 = re.compile(r"^\s*-?\s*md5: ([0-9a-f]{32}(?:\.dir)?)\s*$", re.MULTILINE)
@@ -63,11 +63,15 @@ def run(args: argparse.Namespace) -> int:
             for path in present:
                 path.unlink()
     names = ", ".join(f"{version.version} ({version.digest[:12]})" for version in what.gone)
-    print(f"{verb} {len(what.gone)} versions{': ' if names else ''}{names}")
+    print(f"{verb} {_count(len(what.gone), 'version')}{': ' if names else ''}{names}")
     if what.runs:
-        print(f"{verb} {len(what.runs)} runs that registrations left behind")
-    print(f"{verb} {len(present)} cache entries, {size / 1e6:.1f} MB")
+        print(f"{verb} {_count(len(what.runs), 'run')} that registrations left behind")
+    print(f"{verb} {_count(len(present), 'cache file')}, {size / 1e6:.1f} MB")
     return 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def cache_files(cache: Path, locks: Iterable[str]) -> set[Path]:

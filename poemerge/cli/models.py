@@ -9,14 +9,15 @@ __all__ = ["add_parser", "run"]
 
 DESCRIPTION = """\
 Lists the registered versions, newest first: aliases, mean accuracy, share of the experts' accuracy kept, digest,
-experts, and what the gates said.
+number of experts, and what the gates said. `poemerge lineage VERSION` names the experts.
 
 example:
   $ poemerge models
-  poemerge
-   version  aliases               accuracy  normalised  digest        experts          gates
-         2  candidate               0.4500      0.8846  91d0c2a47be1  a, b             mean failed
-         1  champion                0.4667      0.9186  426ba34ed8f2  a, b             passed
+  poemerge-demo
+
+    version   aliases               accuracy   normalised   digest         experts   gates
+   ─────────────────────────────────────────────────────────────────────────────────────────
+          1   candidate, champion     0.8543       0.9926   2c7193f88561         7   passed
 """
 
 
@@ -60,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(content, indent=2, ensure_ascii=False))
         return 0
     console = Console()
+    if not console.is_terminal:
+        # A pipe or a log has no width of its own to be cut to.
+        console = Console(width=120)
     if not versions:
         console.print(f"{model}: nothing is registered yet; `poemerge run` registers the first version")
         return 0
@@ -74,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     table = Table(title=model, title_justify="left", box=SIMPLE_HEAD)
     for name in ("version", "aliases", "accuracy", "normalised", "digest", "experts", "gates"):
-        table.add_column(name, justify="right" if name in ("version", "accuracy", "normalised") else "left")
+        right = name in ("version", "accuracy", "normalised", "experts")
+        table.add_column(name, justify="right" if right else "left", no_wrap=name != "gates")
     for version in versions:
         failed = [name for name, text in version.gates.items() if text.startswith("fail")]
         table.add_row(
@@ -83,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             _figure(version.mean.get("merged")),
             _figure(version.mean.get("normalised")),
             version.digest[:12],
-            ", ".join(version.experts),
+            str(len(version.experts)),
             f"{', '.join(failed)} failed" if failed else "passed" if version.gates else "not judged",
         )
     console.print(table)
