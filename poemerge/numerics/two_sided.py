@@ -34,12 +34,14 @@ class TwoSided:
         self.right_basis = torch.linalg.eigh(gram(unit.mT).sum(1))[1]
         self.deltas = self.enter(deltas)
         unit = self.enter(unit)
-        self.left, self.right = gram(unit), gram(unit.mT)
+        self.unit, self.right = unit, gram(unit.mT)
+        # A tall L_i is never formed: Â_i(Â_iᵀΘ) costs less than half as much.
+        self.left = None if unit.shape[-2] > 2 * unit.shape[-1] else gram(unit)
         if pooling:
             present = (norm > 0).sum(1, keepdim=True).clamp_min(1)
             # An expert that is absent has no output Gram, so what it is given here says nothing.
             self.right = self.right.lerp(self.right.sum(1, keepdim=True) / present, pooling)
-        self.left_diagonal = self.left.diagonal(dim1=-2, dim2=-1)
+        self.left_diagonal = unit.square().sum(-1)
         self.right_diagonal = self.right.diagonal(dim1=-2, dim2=-1)
         self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
         self.start_residual_sq = (self.deltas * self._each(self.deltas)).sum(-1).double().sum(-1).clamp_min(0)
@@ -47,6 +49,8 @@ class TwoSided:
 
     def _each(self, theta: Float[Tensor, "batch #expert out in"]) -> Float[Tensor, "batch each out in"]:
         """L_i Θ R_i for every expert, of one Θ or of one each."""
+        if self.left is None:
+            return self.unit @ (self.unit.mT @ theta @ self.right)
         return self.left @ theta @ self.right
 
     def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
