@@ -213,6 +213,12 @@ def test_factors_that_fit_nothing_are_named(
     assert said in str(caught.value)
 
 
+def test_a_config_may_stand_beside_an_adapter(base: Path, tmp_path: Path) -> None:
+    expert = make_lora_expert(base, tmp_path / "e", seed=3)
+    (expert / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert ExpertSet.open(base, {"e": expert}).experts["e"].kind == "adapter"
+
+
 def test_adapter_alone_tells_rank_and_scaling(base: Path, tmp_path: Path) -> None:
     adapter = Adapter.open(make_lora_expert(base, tmp_path / "e", seed=3, rank=2))
     assert adapter.rank(LAYER0_QUERY) == 2

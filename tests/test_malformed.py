@@ -187,6 +187,11 @@ def _other_vocabulary(bad: Path) -> None:
     _tensors(bad, lambda tensors: tensors.update({"embeddings.word_embeddings.weight": torch.zeros(99, 32)}))
 
 
+def _other_tokens(bad: Path) -> None:
+    for name in ("tokenizer.json", "vocab.txt"):
+        (bad / name).write_text((bad / name).read_text().replace("w07", "w08x"))
+
+
 def _quantised(bad: Path) -> None:
     _tensors(bad, lambda tensors: tensors.update({QUERY: tensors[QUERY].to(torch.float8_e4m3fn)}))
 
@@ -241,6 +246,7 @@ CASES: dict[Callable[[Path], None], tuple[str, ...]] = {
     _empty_expert: ("no tensors",),
     _shape_clash: (QUERY, "(32, 48)", "(32, 32)"),
     _other_vocabulary: ("word_embeddings", "(99, 32)", "tokenizer"),
+    _other_tokens: ("tokenizer.json", "1 token ids with another meaning, 12 for instance is 'w08x'", "'w07'"),
     _quantised: (QUERY, "F8_E4M3"),
     _foreign_base: ("cosine", "another base"),
     _other_architecture: ("config.json", "num_attention_heads: 8"),

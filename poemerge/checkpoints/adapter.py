@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poemerge.checkpoints.checkpoint import HEAD, PICKLES, Checkpoint
+from poemerge.checkpoints.checkpoint import HEAD, INDEX, PICKLES, SINGLE, Checkpoint
 from poemerge.checkpoints.remote import as_path
 from poemerge.checkpoints.safetensors_file import load_json
 from poemerge.errors import CheckpointError, Problem
@@ -66,8 +66,8 @@ class LoraModule:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether the folder `path` holds a PEFT adapter and no full weights."""
-    return (path / ADAPTER_CONFIG).is_file()
+    """Whether the folder `path` holds a PEFT adapter and no full weights (a config.json may stand beside it)."""
+    return (path / ADAPTER_CONFIG).is_file() and not any((path / name).is_file() for name in (SINGLE, INDEX))
 
 
 class Adapter:

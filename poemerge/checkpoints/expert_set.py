@@ -21,6 +21,7 @@ from poemerge.checkpoints.compatibility import (
 from poemerge.checkpoints.names import Rule, match_names, rule_of, selected
 from poemerge.checkpoints.remote import as_path
 from poemerge.checkpoints.safetensors_file import FLOATS
+from poemerge.checkpoints.vocabulary import vocabulary_problems
 from poemerge.errors import CheckpointError, Problem
 
 __all__ = ["Expert", "ExpertSet", "Loaded"]
@@ -149,7 +150,7 @@ class ExpertSet:
         base_checkpoint: Checkpoint | None = None
         try:
             base = as_path(base)
-            if is_adapter(base) and not (base / "config.json").is_file():
+            if is_adapter(base):
                 raise CheckpointError(
                     Problem(str(base), "a LoRA adapter", "a full model as the base", "name the model it was trained on")
                 )
@@ -266,7 +267,7 @@ class ExpertSet:
 
 
 def _open_expert(name: str, path: Path) -> Expert:
-    if path.is_dir() and is_adapter(path) and not (path / "config.json").is_file():
+    if path.is_dir() and is_adapter(path):
         adapter = Adapter.open(path, name)
         return Expert(name, path, adapter, adapter.head)
     checkpoint = Checkpoint.open(path, name)
@@ -297,6 +298,8 @@ def _meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterat
     config = model_config(base.path if base.path.is_dir() else base.path.parent)
     if expert.kind == "full" and expert.path.is_dir():
         yield from config_problems(config, model_config(expert.path), expert.path, expert.name)
+        if any(rule == "embedding" for rule in rules.values()):
+            yield from vocabulary_problems(base.path, expert.path, expert.name)
     names = base.names()
     in_base = set(names)
     if isinstance(expert.source, Adapter):
