@@ -116,18 +116,18 @@ class Bench:
         folders = {task: self.root / "experts" / (task + suffix) for task in self.tasks}
         return read_deltas(self.root / "base", folders)
 
-    def answers(self, theta: Deltas, key: str) -> Bits:
-        """Right or wrong, example by example, for every task; computed once for the same weights."""
+    def answers(self, theta: Deltas, tasks: list[str]) -> Bits:
+        """Right or wrong, example by example, for each of `tasks`; computed once for the same weights."""
         state = {name: value + theta[name] if name in theta else value for name, value in self.base.items()}
-        digest = hashlib.sha256(key.encode())
+        digest = hashlib.sha256(" ".join(tasks).encode())
         for name in sorted(theta):
             digest.update(theta[name].to(torch.float32).contiguous().numpy().tobytes())
         kept = self.root / "scores" / f"{self.split}-{self.limit}-{digest.hexdigest()[:24]}.npz"
         if kept.is_file():
             with np.load(kept) as found:
-                return {task: found[task] for task in self.tasks}
+                return {task: found[task] for task in tasks}
         self.model.load_state_dict(state)
-        right = {task: self._right(task) for task in self.tasks}
+        right = {task: self._right(task) for task in tasks}
         kept.parent.mkdir(exist_ok=True)
         partial = kept.with_suffix(".partial.npz")
         np.savez_compressed(partial, **right)
@@ -149,12 +149,12 @@ class Bench:
 
 
 def read_deltas(base: Path, folders: dict[str, Path]) -> Deltas:
-    """Deltas of the parameters that some expert changed, private heads left out."""
+    """Deltas of the parameters that some expert changed, in the order of `folders`; private heads left out."""
     found: Deltas = {}
     with closing(ExpertSet.open(base, folders)) as experts:
         for name in experts.names():
-            if experts.rule(name) != "base":
-                found[name] = experts.deltas(name)
+            if experts.rule(name) != "base" and experts.touching(name):
+                found[name] = torch.stack([experts.delta(expert, name) for expert in folders])
     return found
 
 
@@ -224,11 +224,11 @@ def table(bench: Bench, kind: str, condition: str, methods: tuple[Method, ...]) 
     note = "" if condition == "clean" else f", expert {CORRUPTED} {condition}; mean of the other tasks"
     print(f"\n{kind}, {condition}{note}")
     if condition == "clean":
-        rows = {"base": bench.answers({}, "base")}
-        own = [
-            bench.answers({n: d[i] for n, d in deltas.items()}, "expert")[task] for i, task in enumerate(bench.tasks)
-        ]
-        rows["experts, each on its own task"] = dict(zip(bench.tasks, own, strict=True))
+        rows = {"base": bench.answers({}, tasks)}
+        rows["experts, each on its own task"] = {
+            task: bench.answers({name: stack[i] for name, stack in deltas.items()}, [task])[task]
+            for i, task in enumerate(tasks)
+        }
     else:
         rows = {}
         deltas = corrupt(deltas, condition, index, wrong_expert(bench.root, kind) if condition == "wrong" else None)
@@ -236,7 +236,7 @@ def table(bench: Bench, kind: str, condition: str, methods: tuple[Method, ...]) 
     for name, bits in rows.items():
         show(name, bits, tasks)
     for method in methods:
-        rows[method.name] = bench.answers(merged(deltas, method), method.name)
+        rows[method.name] = bench.answers(merged(deltas, method), tasks)
         show(method.name, rows[method.name], tasks)
     rivals = [method.name for method in methods if method.name not in NOT_BASELINES]
     best = max(rivals, key=lambda name: mean_accuracy(rows[name], tasks))
