@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,32 @@ from safetensors.torch import load_file, save_file
 from poemerge.merging import merge
 from poemerge.params import MergeParams
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 896, 2432, 32_000
+VOCABULARY = 32_000
 SECTIONS = ("floor", "lora", "memory", "mergekit", "released", "gpu")
 ROUNDS = 3
 
 
-def config(layers: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Size:
+    """Depth and width of the generated models; 24 layers of width 896 are 1.05 GB in float32."""
+
+    layers: int
+    width: int
+
+    @property
+    def feed_forward(self) -> int:
+        """Width between the feed-forward layers."""
+        return self.width * 19 // 7
+
+
+def config(size: Size) -> dict[str, Any]:
     """config.json of the generated models."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": layers,
+        "hidden_size": size.width,
+        "intermediate_size": size.feed_forward,
+        "num_hidden_layers": size.layers,
         "num_attention_heads": 14,
         "num_key_value_heads": 14,
         "vocab_size": VOCABULARY,
@@ -55,32 +69,31 @@ def config(layers: int) -> dict[str, Any]:
     }
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+def shapes(size: Size) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the generated models."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for i in range(layers):
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, size.width)}
+    hidden, inner = size.width, size.feed_forward
+    for i in range(size.layers):
         prefix = f"model.layers.{i}."
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            found[f"{prefix}self_attn.{name}.weight"] = (HIDDEN, HIDDEN)
-        found[f"{prefix}mlp.gate_proj.weight"] = found[f"{prefix}mlp.up_proj.weight"] = (INTERMEDIATE, HIDDEN)
-        found[f"{prefix}mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
-        found[f"{prefix}input_layernorm.weight"] = found[f"{prefix}post_attention_layernorm.weight"] = (HIDDEN,)
-    return {**found, "model.norm.weight": (HIDDEN,)}
+            found[f"{prefix}self_attn.{name}.weight"] = (hidden, hidden)
+        found[f"{prefix}mlp.gate_proj.weight"] = found[f"{prefix}mlp.up_proj.weight"] = (inner, hidden)
+        found[f"{prefix}mlp.down_proj.weight"] = (hidden, inner)
+        found[f"{prefix}input_layernorm.weight"] = found[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+    return {**found, "model.norm.weight": (hidden,)}
 
 
-def make_models(work: Path, layers: int, experts: int) -> tuple[Path, dict[str, Path]]:
+def make_models(work: Path, size: Size, experts: int) -> tuple[Path, dict[str, Path]]:
     """A base and full experts of it; made once and kept."""
-    folder = work / f"full-{layers}"
+    folder = work / f"full-{size.layers}-{size.width}"
     names = ["base", *(f"e{i}" for i in range(experts))]
-    generator = torch.Generator().manual_seed(layers)
+    generator = torch.Generator().manual_seed(size.layers)
     missing = [name for name in names if not (folder / name / "model.safetensors").is_file()]
     if missing:
-        base = {
-            name: torch.empty(shape).normal_(0, 0.02, generator=generator) for name, shape in shapes(layers).items()
-        }
+        base = {name: torch.empty(shape).normal_(0, 0.02, generator=generator) for name, shape in shapes(size).items()}
         for name in missing:
             (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / name / "config.json").write_text(json.dumps(config(layers)))
+            (folder / name / "config.json").write_text(json.dumps(config(size)))
             own = base
             if name != "base":
                 generator.manual_seed(names.index(name))
@@ -90,17 +103,17 @@ def make_models(work: Path, layers: int, experts: int) -> tuple[Path, dict[str, 
     return folder / "base", {name: folder / name for name in names[1:]}
 
 
-def make_adapters(work: Path, layers: int, count: int, rank: int = 16) -> dict[str, Path]:
+def make_adapters(work: Path, size: Size, count: int, rank: int = 16) -> dict[str, Path]:
     """LoRA adapters of every linear layer, in PEFT's layout."""
     found = {}
     for i in range(count):
-        folder = work / f"lora-{layers}" / f"a{i}"
+        folder = work / f"lora-{size.layers}-{size.width}" / f"a{i}"
         found[folder.name] = folder
         if (folder / "adapter_model.safetensors").is_file():
             continue
         generator = torch.Generator().manual_seed(i)
         tensors = {}
-        for name, shape in shapes(layers).items():
+        for name, shape in shapes(size).items():
             if "proj" in name:
                 path = f"base_model.model.{name.removesuffix('.weight')}"
                 tensors[f"{path}.lora_A.weight"] = torch.empty(rank, shape[1]).normal_(0, 0.03, generator=generator)
@@ -128,10 +141,10 @@ Seconds = dict[str, list[tuple[float, float]]]
 """Of each run, round by round: seconds on the clock, and processor seconds of all threads."""
 
 
-def take_turns(runs: Mapping[str, Callable[[], None]], rounds: int = ROUNDS) -> Seconds:
+def take_turns(runs: Mapping[str, Callable[[], None]], rounds: int | None = None) -> Seconds:
     """Seconds of each run, round by round, in turns."""
     seconds: Seconds = {name: [] for name in runs}
-    for _ in range(rounds):
+    for _ in range(rounds or ROUNDS):
         for name, run in runs.items():
             clock, processor = time.perf_counter(), time.process_time()
             run()
@@ -167,9 +180,9 @@ def _rounds(seconds: list[tuple[float, float]]) -> str:
     return ", ".join(f"{clock:.2f}" for clock, _ in seconds)
 
 
-def run_floor(work: Path, table: Table, layers: int) -> None:
+def run_floor(work: Path, table: Table, size: Size) -> None:
     """mean and task arithmetic of four full experts against the floor."""
-    base, experts = make_models(work, layers, 4)
+    base, experts = make_models(work, size, 4)
     out = work / "out"
 
     def ours(method: str) -> Callable[[], None]:
@@ -184,10 +197,10 @@ def void(_: object) -> None:
     """Drop a result."""
 
 
-def run_lora(work: Path, table: Table, layers: int) -> None:
+def run_lora(work: Path, table: Table, size: Size) -> None:
     """PoE of eight adapters against reading the base and writing the result."""
-    base, _ = make_models(work, layers, 0)
-    adapters = make_adapters(work, layers, 8)
+    base, _ = make_models(work, size, 0)
+    adapters = make_adapters(work, size, 8)
     runs: dict[str, Callable[[], None]] = {"floor of the base alone": lambda: floor(base, {}, work / "floor-out")}
 
     def ours(side: str) -> Callable[[], None]:
@@ -216,26 +229,26 @@ def command(base: Path, experts: Mapping[str, Path], out: Path, *flags: str) -> 
     return [sys.executable, "-m", "poemerge", "merge", "--base", str(base), *given, "--out", str(out), *flags]
 
 
-def run_memory(work: Path, table: Table, layers: int) -> None:
+def run_memory(work: Path, table: Table, size: Size) -> None:
     """Peak resident memory with the default budget lowered to 1 GB, and how little it depends on the depth."""
     for flags in (("--method", "mean"), ("--method", "ties"), ("--side", "output", "--expert-family", "gaussian")):
         label = flags[1] if flags[0] == "--method" else "poe (gaussian, output side)"
         peaks = []
-        for depth in (layers, 2 * layers):
-            base, experts = make_models(work, depth, 4)
+        for depth in (size.layers, 2 * size.layers):
+            base, experts = make_models(work, Size(depth, size.width), 4)
             seconds, resident = peak(command(base, experts, work / "out" / "memory", *flags, "--max-memory", "1GB"))
             peaks.append(resident)
-            target = 1.5 if depth == layers else None
+            target = 1.5 if depth == size.layers else None
             table.add(f"{label}: peak of 4 full experts, {depth} layers", resident, "GB", target, f"{seconds:.1f} s")
-        table.add(f"{label}: peak at {2 * layers} layers / at {layers}", peaks[1] / peaks[0], "×", 1.1)
+        table.add(f"{label}: peak at {2 * size.layers} layers / at {size.layers}", peaks[1] / peaks[0], "×", 1.1)
 
 
-def run_mergekit(work: Path, table: Table, layers: int, program: Path) -> None:
+def run_mergekit(work: Path, table: Table, size: Size, program: Path) -> None:
     """The same methods on the same files, in turns: seconds and peak memory of ours over mergekit's."""
     if not program.is_file():
         print(f"mergekit is skipped: no {program} (python -m venv VENV; VENV/bin/pip install mergekit)", flush=True)
         return
-    base, experts = make_models(work, layers, 4)
+    base, experts = make_models(work, size, 4)
     for method in ("linear", "task_arithmetic", "ties"):
         parameters: dict[str, Any] = {"weight": 0.25 if method == "linear" else 0.4}
         if method == "ties":
@@ -300,12 +313,12 @@ def _textbook(deltas: torch.Tensor, eps: float, jitter: float, steps: int) -> to
     return theta
 
 
-def run_released(work: Path, table: Table) -> None:
+def run_released(work: Path, table: Table, size: Size) -> None:
     """Two layers of the same shapes, the same settings: whole runs, and the peak of each."""
-    base, experts = make_models(work, 2, 4)
+    base, experts = make_models(work, Size(2, size.width), 4)
     flags = ["--side", "output", "--scale", "task-norm", "--scale-factor", "0.3", "--prior", "absolute"]
     ours = command(base, experts, work / "out" / "released-ours", *flags, "--prior-precision", "0.001")
-    theirs = [sys.executable, __file__, "--work", str(work), "--released-run"]
+    theirs = [sys.executable, __file__, "--work", str(work), "--released-run", "--width", str(size.width)]
     figures: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
     for _ in range(2):
         figures["theirs"].append(peak(theirs))
@@ -363,22 +376,26 @@ def main() -> int:
     )
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {','.join(SECTIONS)}")
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=896, help="a multiple of 28; 448 makes models of a quarter's size")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mergekit", type=Path, default=Path("mergekit-venv/bin/mergekit-yaml"))
     parser.add_argument("--json", type=Path, help="write the rows here too")
     parser.add_argument("--released-run", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.released_run:
-        base, experts = make_models(args.work, 2, 4)
+        base, experts = make_models(args.work, Size(2, args.width), 4)
         released_way(base, experts, args.work / "out" / "released", eps=0.3, jitter=1e-3, steps=50)
         return 0
     (args.work / "out").mkdir(parents=True, exist_ok=True)
-    table = Table()
+    table, size = Table(), Size(args.layers, args.width)
+    global ROUNDS
+    ROUNDS = args.rounds
     sections: dict[str, Callable[[], None]] = {
-        "floor": lambda: run_floor(args.work, table, args.layers),
-        "lora": lambda: run_lora(args.work, table, args.layers),
-        "memory": lambda: run_memory(args.work, table, args.layers),
-        "mergekit": lambda: run_mergekit(args.work, table, args.layers, args.mergekit),
-        "released": lambda: run_released(args.work, table),
+        "floor": lambda: run_floor(args.work, table, size),
+        "lora": lambda: run_lora(args.work, table, size),
+        "memory": lambda: run_memory(args.work, table, size),
+        "mergekit": lambda: run_mergekit(args.work, table, size, args.mergekit),
+        "released": lambda: run_released(args.work, table, size),
         "gpu": lambda: run_gpu(table),
     }
     for name in args.only.split(","):
