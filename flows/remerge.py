@@ -14,6 +14,7 @@ from prefect.tasks import exponential_backoff
 from pydantic import BaseModel, ConfigDict, Field
 
 from poemerge.filelock import exclusive
+from poemerge.lifeline import leash
 from poemerge.preflight import preflight
 from poemerge.project import STAGES, Project
 from poemerge.sources import Change, Lock, resolve
@@ -61,6 +62,7 @@ def remerge(request: Remerge = Remerge()) -> dict[str, Any]:  # noqa: B008 - fro
     """
     logger = get_run_logger()
     project = Project.find()
+    leash()
     began = time.monotonic()
     if request.settle_seconds > 0:
         logger.info("Waiting %g s for further landings", request.settle_seconds)

@@ -20,10 +20,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-__all__ = ["Child", "hold"]
+from poemerge.filelock import holder
+
+__all__ = ["SERVE_LOCK", "Child", "hold", "leash"]
 
 GROUP = "POEMERGE_LIFELINE_GROUP"
 """Environment variable with the id of the process group that the lifeline ends."""
+
+SERVE_LOCK = "POEMERGE_SERVE_LOCK"
+"""Environment variable with the path of the lock that a `poemerge serve` holds while it runs."""
 
 
 def hold() -> None:
@@ -37,6 +42,23 @@ def _wait_for_the_end() -> None:
     with contextlib.suppress(OSError):
         while os.read(0, 4096):
             pass
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def leash() -> None:
+    """End this process's group when the `poemerge serve` that it works for has ended, however that ended.
+
+    Between the two stand a worker and its supervisor, which close pipes: here it is a lock that `serve` holds, whose
+    path it puts in the environment. Without that nothing is done.
+    """
+    path = os.environ.get(SERVE_LOCK)
+    if path is not None:
+        threading.Thread(target=_wait_for_release, args=(Path(path),), name="leash", daemon=True).start()
+
+
+def _wait_for_release(path: Path) -> None:
+    while holder(path) is not None:
+        time.sleep(1.0)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

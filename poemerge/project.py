@@ -166,6 +166,11 @@ class Project:
         return self.state / "run.lock"
 
     @property
+    def serve_lock(self) -> Path:
+        """Held by `poemerge serve` while it runs: the runs it started end when it does."""
+        return self.state / "serve.lock"
+
+    @property
     def dvc_guard(self) -> Path:
         """Held around every DVC command of ours: DVC's own lock does not cover threads of one process."""
         return self.state / "dvc.lock"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,14 +16,34 @@ from typing import Any
 
 import psutil
 import pytest
-from pipeline import environment, make_finished_project, poemerge
+from pipeline import environment, make_finished_project, poemerge, read_params, write_params
 from tiny import make_full_expert
 
+from poemerge.filelock import holder
 from poemerge.project import Project
 
 pytestmark = pytest.mark.server
 
 PATIENCE = 500.0
+
+
+def working_in(folder: Path) -> list[psutil.Process]:
+    """Every process whose working directory is `folder`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and Path(process.cwd()) == folder:
+                found.append(process)
+    return found
+
+
+def at_work(project: Project) -> psutil.Process | None:
+    """The stage that runs now."""
+    for process in working_in(project.root):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[1:3] == ["-m", "tasks"]:
+                return process
+    return None
 
 
 class Served:
@@ -106,8 +127,8 @@ def test_landings_close_together_become_one_registered_version(served: Served) -
     assert registration["version"] == version + 1
     served.wait("the runs' end", lambda: all(run["state_type"] == "COMPLETED" for run in served.remerges()))
     assert json.loads(project.registration_json.read_text(encoding="utf-8"))["version"] == version + 1
-    models = json.loads(poemerge(project, "models", "--json").stdout)
-    assert str(after["apples"]) in json.dumps(models) or models, "the registry tells its versions"
+    lineage = poemerge(project, "lineage", str(version + 1), "--json")
+    assert after["apples"] in lineage.stdout, lineage.stderr
     status = json.loads(poemerge(project, "status", "--json").stdout)
     assert status["server"] == served.api
     assert status["landed"] == []
@@ -132,16 +153,7 @@ def test_a_killed_run_and_worker_free_their_slot_and_the_next_run_completes(serv
     assert deployment["global_concurrency_limit"]["limit"] == 1
     landing(project, "apples", 51)
 
-    def at_work() -> psutil.Process | None:
-        for process in psutil.process_iter():
-            try:
-                if Path(process.cwd()) == project.root and process.cmdline()[1:3] == ["-m", "tasks"]:
-                    return process
-            except (psutil.Error, OSError):
-                continue
-        return None
-
-    stage = served.wait("a stage at work", at_work)
+    stage = served.wait("a stage at work", lambda: at_work(project))
     running = [run for run in served.remerges() if run["state_type"] == "RUNNING"]
     assert len(running) == 1
     # From the stage up: its shell, DVC, the flow run, the worker, `serve`.
@@ -166,21 +178,20 @@ def test_a_killed_run_and_worker_free_their_slot_and_the_next_run_completes(serv
     assert json.loads(poemerge(project, "plan", "--json").stdout)["work"] is False
 
 
-def test_kill_9_of_serve_leaves_nothing(served: Served) -> None:
+def test_kill_9_of_serve_in_the_midst_of_a_run_leaves_nothing_and_the_project_whole(served: Served) -> None:
+    project = served.project
+    landing(project, "plums-full", 61)
+    params = read_params(project.root)
+    params["experts"]["plums"] = {"source": "models/plums-full"}
+    write_params(project.root, params)
+    served.wait("a stage at work", lambda: at_work(project))
     served.process.kill()
     served.process.wait()
-    deadline = time.monotonic() + 20
-
-    def left() -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if Path(process.cwd()) == served.project.root:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
-
-    while left() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while (left := working_in(project.root)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert left() == []
+    assert left == []
+    assert holder(project.run_lock) is None
+    done = poemerge(project, "run")
+    assert done.returncode == 0, done.stderr
+    assert "plums-full" in json.dumps(json.loads(project.merge_json.read_text(encoding="utf-8"))["experts"])

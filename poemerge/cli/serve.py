@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     from poemerge.cli.flows import ended_by_sigterm, load
     from poemerge.deployments import write_deployments
+    from poemerge.filelock import exclusive
     from poemerge.preflight import preflight
     from poemerge.project import Project
     from poemerge.servers import prefect_server, publish, use_prefect
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     params = preflight(project)
     os.chdir(project.root)
     with ended_by_sigterm(), contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
+        if not args.install:
+            stack.enter_context(exclusive(project.serve_lock, _refuse_a_second))
         url = configured
         if url is None:
             url = stack.enter_context(prefect_server(project, schedules=True, port=args.port, usual_port=4200))
@@ -99,16 +102,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Worker:
-    """A Prefect worker, and a new one when it dies; with its group end the runs that it had begun."""
+    """A Prefect worker, and a new one when it dies."""
 
     def __init__(self, project: Project, pool: str, heartbeat: int) -> None:
         import os
+
+        from poemerge.lifeline import SERVE_LOCK
 
         self._project = project
         self._arguments = ["worker", "start", "--pool", pool, "--type", "process", "--limit", "4"]
         self._env = os.environ | {
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(heartbeat),
             "PREFECT_WORKER_QUERY_SECONDS": "3",
+            SERVE_LOCK: str(project.serve_lock),
         }
 
     def __enter__(self) -> _Worker:
@@ -160,6 +166,15 @@ def _supervise(
                 f"The Prefect server ended.\n  got:      no answer from {server}\n"
                 f"  next:     read {project.state / 'logs' / 'prefect.log'}, then start `poemerge serve` again"
             )
+
+
+def _refuse_a_second(process: str) -> NoReturn:
+    from poemerge.errors import ServerError
+
+    raise ServerError(
+        f"This project is served already.\n  got:      `poemerge serve` in process {process}\n"
+        "  next:     `poemerge status` tells what it does; end it before you start another"
+    )
 
 
 def _address(text: str | None) -> tuple[str, int] | None:
