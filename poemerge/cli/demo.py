@@ -10,6 +10,8 @@ DESCRIPTION = """\
 Build the offline zoo (once), run the pipeline on it, print what came of it: what `make demo` does.
 
 $ poemerge demo
+
+Scores are of the test splits; the report and the pages hold the rest. Run again, it finds nothing to do.
 """
 
 
