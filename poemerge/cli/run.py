@@ -13,7 +13,7 @@ $ poemerge run
 fetch         unchanged      0.4 s  3 experts, 3 suites: 7 fetched, 0 already there
 task_vectors  unchanged      0.1 s  3 task vectors, norms 0.446 to 3.07, cosines -0.003 to 0.013
 tail          unchanged      0.2 s  residuals of 3 experts, side both: student_t fits best; Student-t has ν = 6.59
-expert        unchanged      0.2 s  student_t with ν = 6.59: best held-out log-likelihood of 3 families on 90,000 entries
+expert        unchanged      0.2 s  student_t with ν = 6.59: best held-out log-likelihood of 3 families …
 merge         ran           17.7 s  3 experts by poe: 13 parameters merged, 26 averaged, 0 left at the base, in 1.5 s
 evaluate      ran           25.8 s  merged 0.3333, 96.3% of the experts' (0.3472)
 register      ran           28.1 s  tiny version 2 is champion in place of version 1
