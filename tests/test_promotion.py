@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -129,14 +128,19 @@ def test_the_log_is_made_once(registry: Registry) -> None:
 # Processes that race and die. Each has its own connection; fork would share SQLite's, so they are spawned.
 
 
-def _contend(root: str, number: int, ready: Barrier, results: multiprocessing.Queue[tuple[int, str]]) -> None:
+def _contend(root: str, number: int, rivals: int) -> None:
+    """Promotes version `number` as soon as all `rivals` are ready; writes what came of it to a file."""
     registry = _attached(root)
-    ready.wait()
+    (Path(root) / f"{number}.ready").touch()
+    deadline = time.monotonic() + 120
+    while len(list(Path(root).glob("*.ready"))) < rivals and time.monotonic() < deadline:
+        time.sleep(0.002)
     try:
         registry.promote(number, 1)
-        results.put((number, "moved"))
+        told = "moved"
     except ChampionChangedError:
-        results.put((number, "changed"))
+        told = "changed"
+    (Path(root) / f"{number}.told").write_text(told)
 
 
 def _die(root: str, after: str) -> None:
@@ -175,15 +179,14 @@ def _attached(root: str) -> Registry:
 def test_of_promotions_at_once_one_moves_and_the_others_are_told(registry: Registry) -> None:
     registry.promote(1, None)
     context = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue[tuple[int, str]] = context.Queue()
-    ready = context.Barrier(3)
-    root = str(registry.project.root)
-    workers = [context.Process(target=_contend, args=(root, number, ready, results)) for number in (2, 3, 4)]
+    root, numbers = registry.project.root, (2, 3, 4)
+    workers = [context.Process(target=_contend, args=(str(root), number, len(numbers))) for number in numbers]
     for worker in workers:
         worker.start()
-    told = dict(results.get(timeout=300) for _ in workers)
     for worker in workers:
-        worker.join()
+        worker.join(300)
+        assert worker.exitcode == 0
+    told = {number: (root / f"{number}.told").read_text() for number in numbers}
     assert sorted(told.values()) == ["changed", "changed", "moved"]
     (winner,) = (number for number, result in told.items() if result == "moved")
     assert registry.aliases() == (str(winner), "1")
