@@ -255,7 +255,9 @@ def test_large_parameters_go_block_by_block(
     whole = {
         m: merge(models["base"], experts, tmp_path / "w", MergeParams(method=m, **FAST)).record for m in ("mean", "poe")
     }
+    whole["ties"] = merge(models["base"], experts, tmp_path / "w", MergeParams(method="ties")).record
     monkeypatch.setattr(plan, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(plan, "TRIMMED_BYTES", 1000)
     _, checkpoints, made = prepare(models["base"], experts, MergeParams(method="mean"))
     assert len(made.order[0]) > 3 * len(checkpoints.names())
     for method, record in whole.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Sequence
@@ -12,11 +13,18 @@ import torch
 from torch import Tensor
 
 import poemerge
-from poemerge.checkpoints import Loaded
+from poemerge.checkpoints import ExpertSet, Loaded
 from poemerge.errors import NumericsError
 from poemerge.merging.settings import ELEMENTWISE, SOLVED, ParameterSettings
 
-__all__ = ["Merged", "NotFiniteError", "merge_elementwise", "merge_matrices"]
+__all__ = [
+    "Merged",
+    "NotFiniteError",
+    "merge_elementwise",
+    "merge_matrices",
+    "merge_trimmed",
+    "ties_thresholds",
+]
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,36 @@ def merge_elementwise(
     # The sum's memory becomes the result's: the base may be the very tensor that was read.
     merged = torch.add(base, total, alpha=settings.coefficient * share, out=total)
     return Merged(merged.to(dtype), {**entry, "seconds": time.perf_counter() - started})
+
+
+def ties_thresholds(experts: ExpertSet, name: str) -> Tensor:
+    """For every expert that touches `name`, the least size that TIES keeps; one expert is read at a time."""
+    import poemerge.baselines as baselines
+
+    density: float = inspect.signature(baselines.ties).parameters["density"].default
+    found = []
+    for expert in experts.touching(name):
+        sizes = experts.delta(expert, name).flatten().abs_()
+        if not math.isfinite(float(sizes.sum())):
+            raise NotFiniteError(name, expert)
+        kept = max(1, math.ceil(density * len(sizes)))
+        found.append(sizes.kthvalue(len(sizes) - kept + 1).values)
+    return torch.stack(found)
+
+
+def merge_trimmed(loaded: Loaded, thresholds: Tensor, settings: ParameterSettings, dtype: torch.dtype) -> Merged:
+    """TIES on a block of rows, trimmed by the `thresholds` `[expert]` of the whole parameter."""
+    import poemerge.baselines as baselines
+
+    started = time.perf_counter()
+    deltas = loaded.deltas()
+    kept = deltas.abs() >= thresholds.view(-1, *[1] * (deltas.ndim - 1))
+    theta = baselines.ties(deltas.mul_(kept), density=1.0)
+    entry = {"outcome": "ties", "seconds": time.perf_counter() - started}
+    if not bool(theta.any()):
+        return Merged(None, {**entry, "outcome": "unchanged"})
+    merged = loaded.base.to(torch.float32).add(theta, alpha=settings.coefficient)
+    return Merged(merged.to(dtype), entry)
 
 
 def merge_matrices(

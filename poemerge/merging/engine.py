@@ -13,7 +13,14 @@ from torch import Tensor
 from poemerge.checkpoints import ExpertSet, Loaded, ShardFile
 from poemerge.checkpoints.remote import as_path
 from poemerge.errors import CheckpointError, Problem
-from poemerge.merging.compute import Merged, NotFiniteError, merge_elementwise, merge_matrices
+from poemerge.merging.compute import (
+    Merged,
+    NotFiniteError,
+    merge_elementwise,
+    merge_matrices,
+    merge_trimmed,
+    ties_thresholds,
+)
 from poemerge.merging.device import Transfer, choose_device
 from poemerge.merging.plan import ParameterPlan, Plan, Unit, make_plan
 from poemerge.merging.settings import Selection
@@ -101,6 +108,7 @@ class _Input:
 
     loaded: list[Loaded]
     moved: list[bool] | None = None
+    thresholds: Tensor | None = None
     ready: Any = None
 
 
@@ -117,6 +125,7 @@ class _Work:
         self._transfer = Transfer(device) if device != "cpu" else None
         self._progress = progress
         self._moved: dict[str, list[bool]] = {}
+        self._thresholds: dict[str, Tensor] = {}
         self._file: ShardFile | None = None
         self._ledger: list[dict[str, Any]] = []
         self._seconds: dict[str, float] = {}
@@ -142,6 +151,11 @@ class _Work:
                     self._moved[first.name] = self._experts.moved(first.name)
                 moved = self._moved.pop(first.name) if unit.last else self._moved[first.name]
             return _Input([loaded], moved)
+        if first.trimmed_in_blocks:
+            if first.name not in self._thresholds:
+                self._thresholds[first.name] = ties_thresholds(self._experts, first.name)
+            thresholds = self._thresholds.pop(first.name) if unit.last else self._thresholds[first.name]
+            return _Input([self._experts.load(first.name, unit.rows)], thresholds=thresholds)
         many = [self._experts.load(p.name, pin=self._transfer is not None) for p in unit.parameters]
         if self._transfer is None:
             return _Input(many)
@@ -162,6 +176,10 @@ class _Work:
                 check = first.settings.method == "average"
                 moved = [not check or _differs(loaded, expert) for expert in loaded.experts]
             one = merge_elementwise(loaded, first.settings, moved, len(self._experts.experts), first.dtype)
+            return [one if one.weight is not None else Merged(loaded.base.to(first.dtype), one.entry)]
+        if read.thresholds is not None:
+            loaded = read.loaded[0]
+            one = merge_trimmed(loaded, read.thresholds, first.settings, first.dtype)
             return [one if one.weight is not None else Merged(loaded.base.to(first.dtype), one.entry)]
         if self._transfer is not None:
             self._transfer.receive(read.loaded, read.ready)

@@ -22,6 +22,9 @@ Action = Literal["merged", "averaged", "left_at_base"]
 BLOCK_BYTES = 1 << 22
 """Entry by entry merges go through a parameter in blocks of rows of about this size (float32): a few fit a cache."""
 
+TRIMMED_BYTES = 1 << 26
+"""TIES goes in blocks where the stack of deltas is larger than this: embeddings, mostly."""
+
 BASELINE_WORKING_SETS: Mapping[str, float] = {"tsv_m": 5.0, "iso_c": 4.0, "wudi": 12.0, "karcher": 22.0}
 """Memory that a baseline takes for one matrix beside its stack of deltas, in stacks; 7 where it is not named."""
 
@@ -50,6 +53,12 @@ class ParameterPlan:
     def elementwise(self) -> bool:
         """Whether it is merged entry by entry, in blocks."""
         return self.settings is not None and self.settings.method in ELEMENTWISE
+
+    @property
+    def trimmed_in_blocks(self) -> bool:
+        """Whether it is merged by TIES in blocks, the thresholds of trimming having been found expert by expert."""
+        large = 4 * self.entries * len(self.experts) > TRIMMED_BYTES
+        return self.settings is not None and self.settings.method == "ties" and large
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,7 @@ def _units(parameters: Sequence[ParameterPlan], limit: int, batch: bool) -> Iter
         if waiting and (not batch or _alike(p) != _alike(waiting[0]) or (len(waiting) + 1) * _memory(p) > limit // 2):
             yield Unit(tuple(waiting), None, True, sum(_memory(one) for one in waiting))
             waiting = []
-        if p.action == "left_at_base" or p.elementwise:
+        if p.action == "left_at_base" or p.elementwise or p.trimmed_in_blocks:
             yield from _blocks(p)
         else:
             waiting.append(p)
@@ -190,9 +199,10 @@ def _blocks(p: ParameterPlan) -> Iterator[Unit]:
         return
     for first in range(0, rows, step):
         count = min(step, rows - first)
-        yield Unit(
-            (p,), slice(first, first + count), first + count == rows, _block_memory(p, p.entries // rows * count)
-        )
+        memory = _block_memory(p, p.entries // rows * count)
+        if p.trimmed_in_blocks:
+            memory = 7 * memory + (32 * p.entries if first == 0 else 0)  # the thresholds come with the first block
+        yield Unit((p,), slice(first, first + count), first + count == rows, memory)
 
 
 def _block_memory(p: ParameterPlan, entries: int) -> int:
