@@ -26,6 +26,9 @@ __all__ = [
     "ties_thresholds",
 ]
 
+_BLOCK_ENTRIES = 1 << 19
+"""Rows of about this many entries are added to a product at a time: 2 MB in float32, what a cache of one core holds."""
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -236,8 +239,14 @@ def _factored(
         return _added(name, base, theta.mT if transposed else theta, settings, dtype, _entry(solution, experts))
     left, right = (theta.Q @ theta.X).to(torch.float32), theta.V.to(torch.float32)
     left, right = (right, left) if transposed else (left, right)
-    merged = torch.addmm(base.to(torch.float32), left, right.mT, alpha=settings.coefficient)
-    return _checked(name, base, merged, dtype, _entry(solution, experts))
+    # A block of rows at a time, float32 only while it is in the cache; the base was read for this and makes room.
+    merged = base if base.dtype == dtype else torch.empty_like(base, dtype=dtype)
+    step = max(1, _BLOCK_ENTRIES // base.shape[1])
+    for rows in (slice(first, first + step) for first in range(0, len(base), step)):
+        block = torch.addmm(base[rows].to(torch.float32), left[rows], right.mT, alpha=settings.coefficient)
+        _check_merged(name, base[rows], block)
+        merged[rows] = block
+    return Merged(merged, _entry(solution, experts))
 
 
 def _baseline(deltas: Tensor, settings: ParameterSettings, transposed: bool, total_experts: int) -> Tensor:
@@ -258,18 +267,20 @@ def _added(
     name: str, base: Tensor, theta: Tensor, settings: ParameterSettings, dtype: torch.dtype, entry: dict[str, Any]
 ) -> Merged:
     merged = base.to(torch.float32).add(theta.to(torch.float32), alpha=settings.coefficient)
-    return _checked(name, base, merged, dtype, entry)
-
-
-def _checked(name: str, base: Tensor, merged: Tensor, dtype: torch.dtype, entry: dict[str, Any]) -> Merged:
-    if not bool(merged.isfinite().all()):
-        if not bool(base.isfinite().all()):
-            raise NotFiniteError(name, None)
-        raise NumericsError(
-            f"{name}: the merged weight is not finite although its inputs are ({entry.get('outcome')}). "
-            "Next: raise prior_precision, or override the method for this parameter."
-        )
+    _check_merged(name, base, merged)
     return Merged(merged.to(dtype), entry)
+
+
+def _check_merged(name: str, base: Tensor, merged: Tensor) -> None:
+    # One sum costs a tenth of asking every entry; it may overflow where they are finite, so they have the last word.
+    if math.isfinite(float(merged.sum())) or bool(merged.isfinite().all()):
+        return
+    if not bool(base.isfinite().all()):
+        raise NotFiniteError(name, None)
+    raise NumericsError(
+        f"{name}: the merged weight is not finite although its inputs are. "
+        "Next: raise prior_precision, or override the method for this parameter."
+    )
 
 
 def _check_finite(name: str, experts: Sequence[str], norms: Tensor, base: Tensor) -> None:
