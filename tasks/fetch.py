@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from poemerge.checkpoints import ExpertSet
 from poemerge.errors import BadInputError, CheckpointError, Problem, ProjectError, SourceError
@@ -162,7 +163,8 @@ def _error(outcomes: list[_Outcome]) -> BadInputError | SourceError:
 
 
 def _report(project: Project, lock: Lock, outcomes: list[_Outcome]) -> StageReport:
-    rows, warnings = [], []
+    rows: list[dict[str, Any]] = []
+    warnings = []
     for outcome in outcomes:
         folder = {"base": project.base, "expert": project.expert(outcome.name), "suite": project.suite(outcome.name)}
         known = read_source_json(folder[outcome.what])
@@ -176,15 +178,22 @@ def _report(project: Project, lock: Lock, outcomes: list[_Outcome]) -> StageRepo
                 "size": known["size"] if known else None,
                 "license": known["license"] if known else None,
                 "state": outcome.state,
+                "reason": "",
             }
         )
         if outcome.problems:
-            keeps = f"keeps {known['revision']}" if known else "left out: no earlier revision"
             reasons = "; ".join(f"got {p.got}, expected {p.expected}" for p in outcome.problems)
-            warnings.append(f"expert {outcome.name} skipped at {outcome.entry.revision} ({keeps}): {reasons}")
+            rows[-1]["reason"] = f"{outcome.entry.revision}: {reasons}"
     for name, why in lock.skipped.items():
-        keeps = f"keeps {lock.experts[name].revision}" if name in lock.experts else "left out: no earlier revision"
-        warnings.append(f"expert {name} could not be resolved ({keeps}): {why}")
+        known = next((row for row in rows if (row["what"], row["name"]) == ("expert", name)), None)
+        if known is None:
+            known = dict.fromkeys(rows[0]) | {"what": "expert", "name": name}
+            rows.append(known)
+        known |= {"state": "skipped", "reason": f"cannot be resolved: {why}"}
+    for row in rows:
+        if row["state"] == "skipped":
+            keeps = f"keeps {row['revision']}" if row["revision"] else "left out: no earlier revision"
+            warnings.append(f"expert {row['name']} skipped ({keeps}): {row['reason']}")
     states = [row["state"] for row in rows]
     experts = len(project.expert_folders())
     return StageReport(

@@ -149,11 +149,11 @@ def test_skip_keeps_the_last_good_revision_and_says_so(project: Project) -> None
     report = fetched(project)
     assert folder_digest(project.expert("full")) == good
     (warning,) = report.warnings
-    assert warning.startswith("expert full skipped at sha256:")
-    assert f"keeps sha256:{good}" in warning
+    assert warning.startswith(f"expert full skipped (keeps sha256:{good}): sha256:")
     assert "1 skipped" in report.headline
     (row,) = [row for row in report.table if (row["what"], row["name"]) == ("expert", "full")]
     assert (row["state"], row["revision"]) == ("skipped", f"sha256:{good}")
+    assert row["reason"] in warning
     # A malformed revision stays malformed: the lock does not change, so DVC does not run this stage again for it.
     lock = project.sources_lock.read_bytes()
     resolve(project, project.load_params())

@@ -13,6 +13,7 @@ from poemerge.cli.main import main
 from poemerge.project import Project
 from poemerge.registry.evidence import model_folder
 from poemerge.registry.gc import plan
+from poemerge.registry.journal import Journal
 from poemerge.registry.promotion import request_approval
 from poemerge.registry.record import record
 from poemerge.registry.tracking import connect
@@ -86,6 +87,21 @@ def test_old_candidates_go_with_what_only_they_need(
     assert left == {"aa" * 16} | {f"{n}{'0' * 31}" for n in "1345"} | {f"{n}" * 32 + ".dir" for n in "1345"}
     for version in list_versions(client, "tiny"):
         assert (model_folder(version) / "model.safetensors").is_file()
+
+    # What it was made of is still known, and said to be gone.
+    assert main(["lineage", "--recall", "b-2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["version"], row["removed"]) for row in rows] == [
+        *((number, False) for number in (5, 4, 3, 1)),
+        (2, True),
+    ]
+    assert main(["lineage", "--recall", gone.digest[:20]]) == 0
+    assert "no version" in capsys.readouterr().out, "a recall is of inputs"
+    assert [(row.action, row.version, row.facts) for row in Journal.open(client, versions, "tiny").lines()][-1] == (
+        "removed",
+        "2",
+        {"digest": gone.digest},
+    )
 
     assert main(["gc", "--keep", "2"]) == 0
     assert "removed 0 versions\n" in capsys.readouterr().out

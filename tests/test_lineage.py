@@ -91,7 +91,9 @@ def test_a_recall_by_digest(
 ) -> None:
     digest = json.loads((project.expert("b") / "source.json").read_text())["digest"]
     assert run(project, monkeypatch, "lineage", "--recall", digest[:12], "--json") == 0
-    assert json.loads(capsys.readouterr().out) == [{"version": 2, "aliases": ["candidate"], "holds": ["b"]}]
+    assert json.loads(capsys.readouterr().out) == [
+        {"version": 2, "aliases": ["candidate"], "removed": False, "holds": ["b"]}
+    ]
 
 
 def test_the_list_of_models(

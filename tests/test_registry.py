@@ -9,6 +9,7 @@ import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from poemerge.cli.main import main
 from poemerge.errors import RegistryError
 from poemerge.project import Project
 from poemerge.provenance import code_of, code_patch
@@ -81,6 +82,37 @@ def test_the_same_bytes_are_the_same_version_and_the_alias_moves_back(project: P
     assert again.digest == first.digest
     assert again.aliases == ("candidate",)
     assert len(list_versions(client, "tiny")) == 2
+
+
+def test_a_skipped_expert_is_told_by_the_version_until_it_can_be_had_again(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It keeps its last good revision, so the bytes, and with them the version, are those of before."""
+    client = connect(project)
+    params = project.load_params()
+    assert record(client, project, params)[0].skipped == {}
+    report = project.stage_report("fetch")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    kept = {"what": "expert", "name": "a", "revision": "a-1", "state": "kept", "reason": ""}
+    bad = {"what": "expert", "name": "b", "revision": "b-2", "state": "skipped", "reason": "b-3: got NaN " + "x" * 9000}
+
+    def fetched(*rows: dict[str, str]) -> None:
+        report.write_text(json.dumps({"headline": "", "table": rows, "figure": None, "warnings": []}))
+
+    fetched(kept, bad)
+    version, created = record(client, project, params)
+    assert (version.version, created) == ("1", False)
+    assert version.skipped == {"b": {"keeps": "b-2", "reason": bad["reason"][:1000]}}
+    monkeypatch.chdir(project.root)
+    assert main(["models"]) == 0
+    told = capsys.readouterr().out
+    assert "2, 1 skipped" in told
+    assert "version 1, expert b skipped, keeps b-2: b-3: got NaN" in told
+    assert main(["lineage", "1"]) == 0
+    assert "skipped b, keeps b-2: b-3: got NaN" in capsys.readouterr().out
+
+    fetched(kept, {**bad, "state": "fetched", "reason": ""})
+    assert record(client, project, params)[0].skipped == {}
 
 
 def test_a_half_merged_folder_is_refused_before_anything_is_written(project: Project) -> None:

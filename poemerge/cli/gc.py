@@ -14,7 +14,7 @@ DESCRIPTION = """\
 Removes old candidates: registered versions beyond the newest --keep, with their runs and artifacts, and the entries of
 the local DVC cache that only they refer to. Never a version that has an alias, was ever champion or waits for approval;
 never a cache entry that the workspace or a version that stays needs, so every version that stays can be replayed. The
-DVC remote is left alone.
+DVC remote is left alone. What a removed version was made of stays known: `poemerge lineage --recall` finds it.
 
 example:
   $ poemerge gc --keep 10 --dry-run

@@ -12,7 +12,8 @@ __all__ = ["add_parser", "run"]
 DESCRIPTION = """\
 Prints where a registered version comes from: code, params, base, every expert with its revision and digest, evaluation
 data, the selected expert family, gates, and every decision about it. With --recall, the other way round: which versions
-hold an expert, given its name, its source, or the beginning of a revision or digest.
+hold an expert, given its name, its source, or the beginning of a revision or digest; those that `poemerge gc` removed
+too.
 
 examples:
   $ poemerge lineage champion
@@ -65,11 +66,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _recall(client: Any, model: str, wanted: str, as_json: bool) -> int:
     from poemerge.registry.lineage import recall
+    from poemerge.registry.versions import list_versions
 
     found = recall(client, model, wanted)
+    there = {version.version for version in list_versions(client, model)}
     if as_json:
         rows = [
-            {"version": int(version.version), "aliases": list(version.aliases), "holds": held}
+            {
+                "version": int(version.version),
+                "aliases": list(version.aliases),
+                "removed": version.version not in there,
+                "holds": held,
+            }
             for version, held in found
         ]
         print(json.dumps(rows, indent=2))
@@ -81,7 +89,8 @@ def _recall(client: Any, model: str, wanted: str, as_json: bool) -> int:
     for version, held in found:
         inputs = {"base": version.base, **version.experts}
         told = ", ".join(f"{name} ({_short(inputs[name].get('revision') or inputs[name]['digest'])})" for name in held)
-        print(f"{version.version:>7}  {', '.join(version.aliases):<30}  {told}")
+        aliases = ", ".join(version.aliases) if version.version in there else "(removed by gc)"
+        print(f"{version.version:>7}  {aliases:<30}  {told}")
     return 0
 
 
@@ -105,8 +114,9 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
         yield _input(f"expert {name}", origin) + share
     for name, suite in document["suites"].items():
         yield f"  suite {name}: data {_short(suite.get('data_digest'))} from {suite.get('source', 'the suite itself')}"
-    for warning in document.get("warnings", []):
-        yield f"  warning: {warning}"
+    for name, facts in document["skipped"].items():
+        keeps = f"keeps {facts['keeps']}" if facts["keeps"] else "left out"
+        yield f"  skipped {name}, {keeps}: {facts['reason']}"
     for name, text in document["gates"].items():
         yield f"  gate {name}: {text}"
     for line in document["decisions"]:

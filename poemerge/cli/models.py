@@ -9,7 +9,8 @@ __all__ = ["add_parser", "run"]
 
 DESCRIPTION = """\
 Lists the registered versions, newest first: aliases, mean accuracy, share of the experts' accuracy kept, digest,
-number of experts, and what the gates said. `poemerge lineage VERSION` names the experts.
+number of experts (and of those skipped, which are told below with the revision they keep), and what the gates said.
+`poemerge lineage VERSION` names the experts.
 
 example:
   $ poemerge models
@@ -88,10 +89,15 @@ def run(args: argparse.Namespace) -> int:
             _figure(version.mean.get("merged")),
             _figure(version.mean.get("normalised")),
             version.digest[:12],
-            str(len(version.experts)),
+            f"{len(version.experts)}, {len(version.skipped)} skipped" if version.skipped else str(len(version.experts)),
             f"{', '.join(failed)} failed" if failed else "passed" if version.gates else "not judged",
         )
     console.print(table)
+    for version in versions:
+        for name, facts in version.skipped.items():
+            keeps = f"keeps {facts['keeps']}" if facts["keeps"] else "left out"
+            told = f"version {version.version}, expert {name} skipped, {keeps}: {facts['reason']}"
+            console.print(told, markup=False, soft_wrap=True)
     for version in versions[:1]:
         for name, text in version.gates.items():
             if text.startswith("fail"):

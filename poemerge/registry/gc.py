@@ -16,6 +16,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from poemerge.project import Project
 from poemerge.registry.journal import Journal
 from poemerge.registry.promotion import open_requests
+from poemerge.registry.removed import keep_record
 from poemerge.registry.tracking import EXPERIMENT, connect, speaking, tracking_uri
 from poemerge.registry.versions import Version, list_versions
 
@@ -61,11 +62,12 @@ def plan(project: Project, keep: int) -> Plan:
 
 def remove(project: Project, what: Plan) -> None:
     """Removes versions, their runs, nested runs and artifacts. A version goes first: nothing registered lacks its
-    files.
+    files. What it was made of stays with the log of decisions, where a recall finds it.
     """
     with speaking(tracking_uri(project)):
         client = connect(project)
         for version in what.gone:
+            keep_record(Journal.open(client, project, version.model), version)
             client.delete_model_version(version.model, version.version)
             _remove_run(client, version.run_id)
         for run_id in what.runs:

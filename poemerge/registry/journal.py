@@ -30,9 +30,12 @@ JOURNAL_TAG = "poemerge.journal"
 EXPERIMENT = "poemerge decisions"
 LONGEST_LINE = 5_800  # MLflow takes 6000 characters
 
-Action = Literal["claim", "promoted", "rolled_back", "undone", "requested", "approved", "rejected", "expired"]
+Action = Literal[
+    "claim", "promoted", "rolled_back", "undone", "requested", "approved", "rejected", "expired", "removed"
+]
 """claim: somebody is about to move the champion. promoted, rolled_back: it was moved. undone: the claimed move failed
-or its owner died, the champion is as it was. The others belong to approval."""
+or its owner died, the champion is as it was. removed: `poemerge gc` took an old candidate away. The others belong to
+approval."""
 
 
 class JournalConflictError(RegistryError):

@@ -19,6 +19,7 @@ from poemerge.params import Params
 from poemerge.project import Project
 from poemerge.provenance import Origin, code_of, file_sha256, library_versions, origins
 from poemerge.registry.journal import Journal
+from poemerge.registry.removed import removed_versions
 from poemerge.registry.versions import Version, list_versions
 
 __all__ = ["chain", "describe", "graph", "recall", "run_json", "weight_shares"]
@@ -68,8 +69,19 @@ def describe(project: Project, params: Params) -> dict[str, Any]:
         "weight_shares": {
             name: sum(shares) / len(shares) for name, shares in weight_shares(project.ledger).items() if shares
         },
-        "warnings": _json_or_empty(project.stage_report("fetch")).get("warnings", []),
+        "skipped": skipped(project),
         "versions": library_versions(),
+    }
+
+
+def skipped(project: Project) -> dict[str, dict[str, Any]]:
+    """By expert that fetch skipped last (`fetch.on_bad_expert: skip`): the revision that it `keeps` (None: it is left
+    out) and the `reason`.
+    """
+    return {
+        row["name"]: {"keeps": row["revision"], "reason": row["reason"]}
+        for row in _json_or_empty(project.stage_report("fetch")).get("table", [])
+        if row.get("state") == "skipped"
     }
 
 
@@ -103,6 +115,7 @@ def chain(client: MlflowClient, version: Version) -> dict[str, Any]:
         "aliases": list(version.aliases),
         "run_id": version.run_id,
         "registered": version.created,
+        "skipped": version.skipped,
         "mean": version.mean,
         "gates": version.gates,
         "decisions": [asdict(line) for line in lines],
@@ -111,9 +124,11 @@ def chain(client: MlflowClient, version: Version) -> dict[str, Any]:
 
 def recall(client: MlflowClient, model: str, wanted: str) -> list[tuple[Version, list[str]]]:
     """The versions of `model` that hold an input whose revision, digest, source or name begins with `wanted`, newest
-    first, each with the names of those inputs (`base` for the base)."""
+    first, each with the names of those inputs (`base` for the base). Those that `poemerge gc` removed come last."""
     found = []
-    for version in list_versions(client, model):
+    journal = Journal.find(client, model)
+    removed = removed_versions(journal) if journal is not None else []
+    for version in [*list_versions(client, model), *removed]:
         inputs = {"base": version.base, **version.experts}
         held = [
             name

@@ -15,6 +15,7 @@ __all__ = [
     "CANDIDATE",
     "CHAMPION",
     "PREVIOUS",
+    "SKIPPED",
     "Version",
     "alias_version",
     "find_version",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+SKIPPED = "poemerge.skipped."
+"""Beginning of the tags that name the experts which fetch skipped."""
 PAGE = 200
 
 
@@ -57,6 +60,16 @@ class Version:
         return dict(json.loads(self.tags.get("poemerge.base", "{}")))
 
     @property
+    def skipped(self) -> dict[str, dict[str, Any]]:
+        """{name: {keeps, reason}} of the experts that could not be had when this was last registered: each stands at
+        the revision it `keeps`, or (None) is left out."""
+        return {
+            key[len(SKIPPED) :]: json.loads(value)
+            for key, value in sorted(self.tags.items())
+            if key.startswith(SKIPPED)
+        }
+
+    @property
     def mean(self) -> dict[str, float]:
         """{base, expert, merged, normalised}: means over the suites; {} where nothing was scored."""
         return dict(json.loads(self.tags.get("poemerge.mean", "{}")))
@@ -78,6 +91,7 @@ class Version:
             "normalised": self.mean.get("normalised"),
             "mean": self.mean,
             "experts": self.experts,
+            "skipped": self.skipped,
             "gates": self.gates,
             "run_id": self.run_id,
             "created": self.created,
