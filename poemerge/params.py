@@ -40,6 +40,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,9
 BaselineName = Literal["mean", "task_arithmetic", "ties", "dare_ties", "tsv_m", "iso_c", "wudi", "karcher"]
 Method = Literal["poe", "mean", "task_arithmetic", "ties", "dare_ties", "tsv_m", "iso_c", "wudi", "karcher"]
 Family = Literal["gaussian", "student_t", "cauchy"]
+Scale = Literal["common", "task-norm", "gram-norm", "fitted"]
 Side = Literal["output", "input", "both"]
 ByteCount = Annotated[int | str, Field(union_mode="left_to_right")]
 
@@ -130,7 +131,7 @@ class MergeOverride(Section):
     family: Family | None = None
     side: Side | None = None
     pooling: float | None = Field(default=None, ge=0, le=1)
-    scale: Literal["task-norm", "gram-norm", "fitted"] | None = None
+    scale: Scale | None = None
     scale_factor: float | None = Field(default=None, gt=0)
     prior: Literal["relative", "absolute"] | None = None
     prior_precision: float | None = Field(default=None, ge=0)
@@ -143,7 +144,7 @@ class MergeParams(Section):
     method: Method = "poe"
     side: Side = "both"
     pooling: float = Field(default=0.3, ge=0, le=1)
-    scale: Literal["task-norm", "gram-norm", "fitted"] = "gram-norm"
+    scale: Scale = "common"
     scale_factor: float = Field(default=0.1, gt=0)
     prior: Literal["relative", "absolute"] = "relative"
     prior_precision: float = Field(default=1e-2, ge=0)

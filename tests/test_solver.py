@@ -43,7 +43,7 @@ def choices(draw: Any) -> dict[str, Any]:
     return {
         "expert": family,
         "tail_index": draw(st.floats(0.5, 20)) if family == "student_t" else None,
-        "scale": draw(st.sampled_from(["task-norm", "gram-norm", "fitted"])),
+        "scale": draw(st.sampled_from(["common", "task-norm", "gram-norm", "fitted"])),
         "scale_factor": 10 ** draw(st.floats(-2, 0.5)),
         "prior_precision": 10 ** draw(st.floats(-3, -1)),
         "side": draw(st.sampled_from(SIDES)),

@@ -52,7 +52,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--tail-index", type=float, help="degrees of freedom, for --expert-family student_t")
     parser.add_argument("--side", choices=get_args(Side), help="side of the residual, for method poe")
     parser.add_argument("--pooling", type=float, help="0 to 1, for --side both: shrinks input Grams to their mean")
-    parser.add_argument("--scale", choices=("task-norm", "gram-norm", "fitted"), help="scale of an expert's energy")
+    parser.add_argument(
+        "--scale", choices=("common", "task-norm", "gram-norm", "fitted"), help="scale of an expert's energy"
+    )
     parser.add_argument("--scale-factor", type=float)
     parser.add_argument("--prior", choices=("relative", "absolute"))
     parser.add_argument("--prior-precision", type=float)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from poemerge.checkpoints import Rule
 from poemerge.checkpoints.roles import role
 from poemerge.errors import BadInputError, Problem
-from poemerge.params import Family, MergeParams, Method, Side
+from poemerge.params import Family, MergeParams, Method, Scale, Side
 
 __all__ = ["ELEMENTWISE", "SOLVED", "FamilyChoice", "ParameterSettings", "Selection", "resolve"]
 
@@ -77,7 +77,7 @@ class ParameterSettings:
     tail_index: float | None
     side: Side
     pooling: float
-    scale: Literal["task-norm", "gram-norm", "fitted"]
+    scale: Scale
     scale_factor: float
     prior: Literal["relative", "absolute"]
     prior_precision: float

@@ -93,7 +93,7 @@ class Posterior:
         strength = (2 * self.weights).sqrt()[:, None, None]
         problem = TwoSided(self.deltas.unsqueeze(0), rows * columns, self.pooling)
         # R_i = F_i F_iᵀ, with R_i in the coordinates that the problem is solved in.
-        values, vectors = torch.linalg.eigh(problem.right.squeeze(0))
+        values, vectors = torch.linalg.eigh(problem.input_grams().squeeze(0))
         factor = problem.right_basis @ (vectors * values.clamp_min(0).sqrt().unsqueeze(-2))
         samples = []
         for _ in range(count):

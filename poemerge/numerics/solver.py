@@ -21,7 +21,7 @@ from poemerge.numerics.two_sided import TwoSided
 
 __all__ = ["Adapter", "solve"]
 
-Scale = Literal["task-norm", "gram-norm", "fitted"]
+Scale = Literal["common", "task-norm", "gram-norm", "fitted"]
 Prior = Literal["relative", "absolute"]
 Adapter = tuple[Tensor, Tensor, float | int]
 
@@ -58,8 +58,8 @@ def solve(
       deltas), sums and small factorisations in float64.
     - `expert`: "gaussian", "student_t" (with `tail_index` ν > 0) or "cauchy".
     - `scale`: γ_i. "task-norm": γ_i² = f‖A_i‖² (the paper's); "gram-norm": γ_i² = f‖R_i(0)‖², on one side f‖A_iA_iᵀ‖²;
-      "fitted": γ_i² = f‖R_i(0)‖² · median_j(r_j²/‖R_j(0)‖²) at the start; f is `scale_factor`. A tensor
-      `[*batch, expert]` is γ_i itself, in the units of r.
+      "common": γ² = f·mean_j‖R_j(0)‖², one for all experts; "fitted": γ_i² = f‖R_i(0)‖² · median_j(r_j²/‖R_j(0)‖²) at
+      the start; f is `scale_factor`. A tensor `[*batch, expert]` is γ_i itself, in the units of r.
     - `prior_precision`: λ if `prior` is "absolute"; if "relative", λ is this many times the mean diagonal entry of
       Σ w_i G_i (of its Kronecker form for both sides) at the weights the start gives, fixed from there on.
     - `pooling`: y in [0, 1], for both sides alone: the input Gram Â_iᵀÂ_i is shrunk to the mean over the experts,
@@ -425,6 +425,9 @@ def _scale_sq(
         scale_sq = (scales / unit.unsqueeze(-1) ** degree).square()
     elif settings.scale == "task-norm":
         scale_sq = settings.scale_factor * norm_sq(deltas) * unit.unsqueeze(-1) ** (2 - 2 * degree)
+    elif settings.scale == "common":
+        total = torch.where(present, problem.start_residual_sq, 0.0).sum(-1, keepdim=True)
+        scale_sq = settings.scale_factor * total / present.sum(-1, keepdim=True).clamp_min(1)
     else:
         scale_sq = settings.scale_factor * problem.start_residual_sq
         if settings.scale == "fitted":

@@ -1,5 +1,7 @@
 """The two-sided (Kronecker) product of experts: residual Â_iᵀ(Θ − A_i)R_i^½ with Â_i = A_i/‖A_i‖_F."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -9,6 +11,8 @@ from poemerge.numerics.one_sided import dot, gram, inner, norm_sq
 __all__ = ["TwoSided"]
 
 _MAX_CONJUGATE_STEPS = 400
+# Above this ratio of its sides, X(XᵀY) takes fewer operations than (XXᵀ)Y on the one side and Y(XᵀX) on the other.
+_GOLDEN = (1 + 5**0.5) / 2
 
 
 class TwoSided:
@@ -27,31 +31,72 @@ class TwoSided:
 
     def __init__(self, deltas: Float[Tensor, "batch expert out in"], mean_over: int, pooling: float) -> None:
         """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
-        self.mean_over = mean_over
+        self.mean_over, self.pooling = mean_over, pooling
         norm = norm_sq(deltas).sqrt()[..., None, None]
         unit = deltas * torch.where(norm > 0, 1 / norm, 0.0).to(deltas.dtype)
-        self.left_basis = torch.linalg.eigh(gram(unit).sum(1))[1]
-        self.right_basis = torch.linalg.eigh(gram(unit.mT).sum(1))[1]
+        self.left_basis = torch.linalg.eigh(gram(unit.transpose(1, 2).flatten(2)))[1]
+        summed, self.right_basis = torch.linalg.eigh(gram(unit.flatten(1, 2).mT))
+        # In this basis the pooled input Gram is diagonal.
+        present = (norm > 0).sum(1).clamp_min(1).to(deltas.dtype)
+        self.pooled = (summed.clamp_min(0) / present[..., 0]).unsqueeze(-2)
         self.deltas = self.enter(deltas)
-        unit = self.enter(unit)
-        self.unit, self.right = unit, gram(unit.mT)
-        # A tall L_i is never formed: Â_i(Â_iᵀΘ) costs less than half as much.
-        self.left = None if unit.shape[-2] > 2 * unit.shape[-1] else gram(unit)
-        if pooling:
-            present = (norm > 0).sum(1, keepdim=True).clamp_min(1)
-            # An expert that is absent has no output Gram, so what it is given here says nothing.
-            self.right = self.right.lerp(self.right.sum(1, keepdim=True) / present, pooling)
-        self.left_diagonal = unit.square().sum(-1)
-        self.right_diagonal = self.right.diagonal(dim1=-2, dim2=-1)
+        self.unit = self.enter(unit)
+        rows, columns = self.unit.shape[-2:]
+        # A Gram is formed where multiplying by it costs less than multiplying by both of its factors.
+        self.left = gram(self.unit) if rows < _GOLDEN * columns else None
+        self.right = self.input_grams() if columns < _GOLDEN * rows else None
+        self.left_diagonal = self.unit.square().sum(-1)
+        self.right_diagonal = (1 - pooling) * self.unit.square().sum(-2) + pooling * self.pooled
         self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
         self.start_residual_sq = (self.deltas * self._each(self.deltas)).sum(-1).double().sum(-1).clamp_min(0)
         self._refer(self.deltas.mean(1))
 
-    def _each(self, theta: Float[Tensor, "batch #expert out in"]) -> Float[Tensor, "batch each out in"]:
+    def input_grams(self) -> Float[Tensor, "batch expert in in"]:
+        """R_i, in the coordinates that the problem is solved in."""
+        grams: Tensor = (1 - self.pooling) * gram(self.unit.mT)
+        grams.diagonal(dim1=-2, dim2=-1).add_(self.pooling * self.pooled)
+        return grams
+
+    def _each(self, theta: Float[Tensor, "batch #expert out in"]) -> Float[Tensor, "batch expert out in"]:
         """L_i Θ R_i for every expert, of one Θ or of one each."""
-        if self.left is None:
-            return self.unit @ (self.unit.mT @ theta @ self.right)
-        return self.left @ theta @ self.right
+        each: Tensor
+        if self.right is None:
+            assert self.left is not None
+            each = ((1 - self.pooling) * (self.left @ (theta @ self.unit.mT))) @ self.unit
+            if self.pooling:
+                each += (self.left @ theta) * (self.pooling * self.pooled.unsqueeze(1))
+        elif self.left is None:
+            each = self.unit @ (self.unit.mT @ theta @ self.right)
+        else:
+            each = self.left @ theta @ self.right
+        return each
+
+    def _operator(
+        self, weights: Float[Tensor, "batch expert"], prior: Float[Tensor, "batch 1 1"]
+    ) -> Callable[[Float[Tensor, "batch out in"]], Float[Tensor, "batch out in"]]:
+        """Θ ↦ Σ w_i L_i Θ R_i + λΘ, the sum over experts inside one long product."""
+        heavy = weights[:, :, None, None]
+        unit, left, right = self.unit, self.left, self.right
+        if right is None:
+            assert left is not None
+            own = ((1 - self.pooling) * heavy) * left
+            summed = self.pooling * (heavy * left).sum(1)
+            long = unit.flatten(1, 2)
+
+            def wide(theta: Tensor) -> Tensor:
+                narrow = own @ (theta.unsqueeze(1) @ unit.mT)
+                out: Tensor = narrow.transpose(1, 2).flatten(2) @ long + (summed @ theta) * self.pooled + prior * theta
+                return out
+
+            return wide
+        long = (heavy * (unit if left is None else left)).transpose(1, 2).flatten(2)
+
+        def tall(theta: Tensor) -> Tensor:
+            narrow = theta.unsqueeze(1) if left is not None else unit.mT @ theta.unsqueeze(1)
+            out: Tensor = long @ (narrow @ right).flatten(1, 2) + prior * theta
+            return out
+
+        return tall
 
     def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
         difference = reference.unsqueeze(1) - self.deltas
@@ -72,15 +117,6 @@ class TwoSided:
     def mean_diagonal(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, " batch"]:
         """Mean diagonal entry of Σ w_i L_i ⊗ R_i."""
         return (weights * self.trace).sum(-1) / self.mean_over
-
-    def _operate(
-        self,
-        weights: Float[Tensor, "batch expert"],
-        prior: Float[Tensor, "batch 1 1"],
-        theta: Float[Tensor, "batch out in"],
-    ) -> Float[Tensor, "batch out in"]:
-        each = self._each(theta.unsqueeze(1)).flatten(2)
-        return (weights.unsqueeze(1) @ each).view_as(theta) + prior * theta
 
     def minimise(
         self,
@@ -127,7 +163,8 @@ class TwoSided:
         scaled = (weights.unsqueeze(-1) * self.left_diagonal).mT @ self.right_diagonal + shrink
         precondition = 1 / scaled.clamp_min(torch.finfo(dtype).eps * scaled.amax((-1, -2), keepdim=True))
         step = torch.zeros_like(right) if start is None else start
-        misfit = right if start is None else right - self._operate(weights, shrink, step)
+        operate = self._operator(weights, shrink)
+        misfit = right if start is None else right - operate(step)
         conditioned = precondition * misfit
         direction = conditioned
         power = dot(misfit, direction)
@@ -137,7 +174,7 @@ class TwoSided:
             active = norm_sq(conditioned) > goal * torch.maximum(norm_sq(step), least_size)
             if not bool(active.any()):
                 break
-            image = self._operate(weights, shrink, direction)
+            image = operate(direction)
             curvature = dot(direction, image)
             length = torch.where(active & (curvature > 0), power / curvature, 0.0).to(dtype)[:, None, None]
             step = step + length * direction
