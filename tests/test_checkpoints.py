@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from poemerge.checkpoints import (
     Checkpoint,
-    DigestCache,
     ExpertSet,
     ShardFile,
     file_digest,
@@ -107,16 +106,6 @@ def test_folder_digest_is_of_names_and_contents(tmp_path: Path) -> None:
     assert folder_digest(tmp_path) == expected
     (tmp_path / "a.txt").write_text("c")
     assert folder_digest(tmp_path) != expected
-
-
-def test_a_cached_digest_is_used_until_the_file_changes(tmp_path: Path) -> None:
-    file = tmp_path / "f"
-    file.write_text("one")
-    cache = DigestCache(tmp_path / "cache.json")
-    cache.put(file, "known")
-    assert file_digest(file, DigestCache(tmp_path / "cache.json")) == "known"
-    file.write_text("other")
-    assert file_digest(file, cache) == hashlib.sha256(b"other").hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_skip_after_a_network_fault_tries_again_in_the_next_run(project: Project
     lock = resolved(project)
     hub.faults.append(Fault("*/team/b/*", "status", 500))
     report = fetched(project)
-    assert [w for w in report.warnings if w.startswith("expert b skipped at") and "left out" in w]
+    assert [w for w in report.warnings if w.startswith("expert b skipped (left out")]
     assert set(project.expert_folders()) == {"a"}
     hub.faults.clear()
     polled = resolve(project, project.load_params(), write=False)

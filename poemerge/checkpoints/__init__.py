@@ -2,7 +2,7 @@
 
 from poemerge.checkpoints.adapter import Adapter, is_adapter
 from poemerge.checkpoints.checkpoint import Checkpoint, model_config
-from poemerge.checkpoints.digest import DigestCache, file_digest, folder_digest
+from poemerge.checkpoints.digest import file_digest, folder_digest
 from poemerge.checkpoints.expert_set import Expert, ExpertSet, Loaded
 from poemerge.checkpoints.names import Rule, layer_group
 from poemerge.checkpoints.writer import Shard, ShardFile, plan_shards, save_tensors, weights_digest, write_index
@@ -10,7 +10,6 @@ from poemerge.checkpoints.writer import Shard, ShardFile, plan_shards, save_tens
 __all__ = [
     "Adapter",
     "Checkpoint",
-    "DigestCache",
     "Expert",
     "ExpertSet",
     "Loaded",

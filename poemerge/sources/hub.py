@@ -7,26 +7,23 @@ last saw, is never used. HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_CACHE and HF_TOKEN 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn
 
 from poemerge.sources.contents import Kind, needed, require_weights
 from poemerge.sources.digests import copy_hashed
 from poemerge.sources.folder import files_below
-from poemerge.sources.refusal import Refusal
+from poemerge.sources.refusal import Refusal, refusing
 from poemerge.sources.source import Brought, Revision, Workplace
 
 __all__ = ["HubSource", "api", "speaking_to_hub"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
 SHA = re.compile(r"[0-9a-f]{40}")
 TIMEOUT = 10.0
 """Seconds for one answer of the hub's interface (downloads have HF_HUB_DOWNLOAD_TIMEOUT, for each block)."""
@@ -51,19 +48,8 @@ def cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
 
 
-def speaking_to_hub(work: Callable[P, R]) -> Callable[P, R]:
-    """Turn the client's exceptions of many kinds into Refusals that say whether trying again may help."""
-
-    @functools.wraps(work)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return work(*args, **kwargs)
-        except Refusal:
-            raise
-        except Exception as error:
-            _refuse(error)
-
-    return wrapped
+speaking_to_hub = refusing(lambda error: _refuse(error))
+"""Turn the client's exceptions of many kinds into Refusals that say whether trying again may help."""
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 from poemerge.errors import Problem
 
-__all__ = ["Refusal", "RetryPolicy", "retrying"]
+__all__ = ["Refusal", "RetryPolicy", "refusing", "retrying"]
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Refusal(Exception):  # noqa: N818 - it becomes a Problem of an error, and is none itself
@@ -48,6 +50,26 @@ class Refusal(Exception):  # noqa: N818 - it becomes a Problem of an error, and 
         return Problem(where, self.got, self.expected, self.next_step, expert=expert)
 
 
+def refusing(refuse: Callable[[Exception], NoReturn]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator that passes what the decorated function raises, Refusals apart, to `refuse`, which raises it anew: as
+    a Refusal where it is the other side's or the network's doing, else as it is.
+    """
+
+    def decorate(work: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(work)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return work(*args, **kwargs)
+            except Refusal:
+                raise
+            except Exception as error:
+                refuse(error)
+
+        return wrapped
+
+    return decorate
+
+
 @dataclass(frozen=True)
 class RetryPolicy:
     """`attempts` in all; the wait doubles from `first_wait` to `longest_wait` seconds, each shortened by up to half."""
@@ -62,7 +84,7 @@ class RetryPolicy:
         return whole * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
 
 
-def retrying(work: Callable[[], Result], what: str, policy: RetryPolicy) -> Result:
+def retrying(work: Callable[[], R], what: str, policy: RetryPolicy) -> R:
     """What `work()` returns; a transient Refusal is tried again as `policy` says, any other is raised at once.
 
     `what` names the work in the log.

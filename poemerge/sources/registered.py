@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn
 
 from poemerge.sources.contents import Kind, needed, require_weights
-from poemerge.sources.refusal import Refusal
+from poemerge.sources.refusal import Refusal, refusing
 from poemerge.sources.source import Brought, Revision, Workplace
 
 __all__ = ["RegisteredSource", "client", "speaking_to_mlflow"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def client(place: Workplace) -> Any:
@@ -28,19 +24,8 @@ def client(place: Workplace) -> Any:
     return MlflowClient(tracking_uri=place.tracking_uri, registry_uri=place.tracking_uri)
 
 
-def speaking_to_mlflow(work: Callable[P, R]) -> Callable[P, R]:
-    """Turn MLflow's exceptions into Refusals. Its client has tried again by itself before it raises."""
-
-    @functools.wraps(work)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return work(*args, **kwargs)
-        except Refusal:
-            raise
-        except Exception as error:
-            _refuse(error)
-
-    return wrapped
+speaking_to_mlflow = refusing(lambda error: _refuse(error))
+"""Turn MLflow's exceptions into Refusals. Its client has tried again by itself before it raises."""
 
 
 @dataclass(frozen=True)

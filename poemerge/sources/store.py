@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn
 
 from poemerge.sources.contents import Kind, needed, require_weights
 from poemerge.sources.digests import copy_hashed
-from poemerge.sources.refusal import Refusal
+from poemerge.sources.refusal import Refusal, refusing
 from poemerge.sources.source import Brought, Revision, Workplace
 
 __all__ = ["StoreSource", "folders_in", "speaking_to_store"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def speaking_to_store(work: Callable[P, R]) -> Callable[P, R]:
-    """Turn the many exceptions of fsspec's file systems into Refusals."""
-
-    @functools.wraps(work)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return work(*args, **kwargs)
-        except Refusal:
-            raise
-        except Exception as error:
-            _refuse(error)
-
-    return wrapped
+speaking_to_store = refusing(lambda error: _refuse(error))
+"""Turn the many exceptions of fsspec's file systems into Refusals."""
 
 
 @speaking_to_store
