@@ -1,4 +1,5 @@
-"""A hub on loopback that speaks what huggingface_hub asks of one: info, revision, refs, tree, resolve; lists by tag.
+"""A hub on loopback that speaks what huggingface_hub asks of one: info, revision, refs, tree, resolve; lists by tag;
+creating a repository and committing to it, large files by LFS (not by Xet, which has a protocol of its own).
 
 Repositories are commits of real files in memory. Faults are put on a path for a number of requests: a status, a body
 that breaks off, other bytes than listed, or silence. Run it by hand with `python tests/hub_server.py FOLDER PORT`: each
@@ -7,6 +8,7 @@ FOLDER/owner/name becomes a repository, and a change of its files a new commit.
 
 from __future__ import annotations
 
+import base64
 import fnmatch
 import hashlib
 import json
@@ -63,6 +65,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.resumed: list[str] = []
+        self.blobs: dict[str, bytes] = {}
         self._guard = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self._server.daemon_threads = True
@@ -131,6 +134,63 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_HEAD(self) -> None:
             self._answer()
+
+        def do_POST(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+            hub.fault("POST", path)
+            if "Authorization" not in self.headers:
+                self._refuse(401, "RepoNotFound")
+            elif path == "/api/repos/create":
+                asked = json.loads(body)
+                repo_id = f"{asked['organization']}/{asked['name']}"
+                made = ("models", repo_id) not in hub.repositories
+                if made:
+                    hub.push(repo_id, {})
+                answer = {"id": repo_id, "url": f"{hub.endpoint}/{repo_id}"}
+                self._send(json.dumps(answer).encode(), status=200 if made else 409)
+            elif path == "/api/validate-yaml":
+                self._json({"errors": [], "warnings": []})
+            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/[^/]+", path):
+                self._json({"files": [self._upload_mode(file) for file in json.loads(body)["files"]]})
+            elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+                self._json({"transfer": "basic", "objects": [self._place(one) for one in json.loads(body)["objects"]]})
+            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", path):
+                sha = hub.push(match[1], self._committed(match[1], match[2], body), branch=match[2])
+                url = f"{hub.endpoint}/{match[1]}/commit/{sha}"
+                self._json({"success": True, "commitOid": sha, "commitUrl": url})
+            else:
+                self._refuse(404, "RepoNotFound")
+
+        def do_PUT(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            digest = hashlib.sha256(content).hexdigest()
+            if self.path != f"/lfs/{digest}":
+                self._send(b"", status=400)
+                return
+            hub.blobs[digest] = content
+            self._send(b"")
+
+        def _upload_mode(self, file: dict[str, Any]) -> dict[str, Any]:
+            mode = "lfs" if file["size"] >= LFS_FROM else "regular"
+            return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+
+        def _place(self, wanted: dict[str, Any]) -> dict[str, Any]:
+            return {**wanted, "actions": {"upload": {"href": f"{hub.endpoint}/lfs/{wanted['oid']}", "header": {}}}}
+
+        def _committed(self, repo_id: str, branch: str, body: bytes) -> dict[str, bytes]:
+            repository = hub.repositories["models", repo_id]
+            files = dict(repository.commits[repository.refs[branch]].files)
+            for line in body.splitlines():
+                one = json.loads(line)
+                value = one["value"]
+                if one["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif one["key"] == "lfsFile":
+                    files[value["path"]] = hub.blobs[value["oid"]]
+                elif one["key"] == "deletedFile":
+                    del files[value["path"]]
+            return files
 
         def log_message(self, *_: object) -> None:
             pass

@@ -16,6 +16,7 @@ from poemerge.registry.lineage import recall
 from poemerge.registry.record import record
 from poemerge.registry.tracking import connect
 from tasks.register import register
+from tests.hub_server import Hub
 from tests.registry_project import copied, land, merge_and_score
 
 
@@ -106,6 +107,33 @@ def test_the_list_of_models(
     assert newest["digest"] == json.loads(project.merge_json.read_text())["digest"]
     assert newest["accuracy"] == pytest.approx(json.loads(project.evaluation_json.read_text())["mean"]["merged"])
     assert sorted(newest["experts"]) == ["a", "b"]
+
+
+def test_export_to_a_hub_is_one_commit_of_the_whole_folder(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The hub of the tests speaks LFS. The client reads this once, when it is imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        assert run(project, monkeypatch, "export", "1", "--out", "hf://acme/tiny") == 1
+        assert "set HF_TOKEN" in capsys.readouterr().err
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        for number in ("1", "2", "1"):
+            assert run(project, monkeypatch, "export", number, "--out", "hf://acme/tiny") == 0
+        out = capsys.readouterr().out
+        repository = hub.repositories["models", "acme/tiny"]
+        empty, *commits = repository.commits.values()
+        assert [commit.sha in out for commit in commits] == [True] * 3
+        assert (empty.files, commits[0].files) == ({}, commits[2].files)
+        assert {"config.json", "model.safetensors", "heads/a.safetensors", "lineage.json"} <= set(commits[1].files)
+        assert commits[1].files["model.safetensors"] != commits[0].files["model.safetensors"]
+        assert b"# acme/tiny" in commits[0].files["README.md"]
+
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+        assert run(project, monkeypatch, "export", "2", "--out", "hf://acme/tiny") == 1
+        assert "HF_HUB_DISABLE_XET=1" in capsys.readouterr().err
+        assert len(repository.commits) == 4
 
 
 def test_export_is_a_folder_that_transformers_loads(project: Project, tmp_path: Path) -> None:
