@@ -45,19 +45,26 @@ def task_arithmetic(deltas: Float[Tensor, "expert *shape"], *, coefficient: floa
 
 
 def ties(
-    deltas: Float[Tensor, "expert *shape"], *, density: float = 0.2, coefficient: float = 1.0
+    deltas: Float[Tensor, "expert *shape"],
+    *,
+    density: float = 0.2,
+    coefficient: float = 1.0,
+    thresholds: Float[Tensor, " expert"] | None = None,
 ) -> Float[Tensor, "*shape"]:
     """Trim to the largest entries, elect a sign by mass, mean of the entries that agree with it.
 
     Yadav et al., "TIES-Merging", NeurIPS 2023 (arXiv 2306.01708). `density` is the fraction kept of each expert, here
-    within this parameter rather than within the whole model; ties at the threshold are kept.
+    within this parameter rather than within the whole model; ties at the threshold are kept. `thresholds` are the least
+    sizes kept, in place of `density`: for a block of a parameter whose thresholds are known.
     """
     _fraction("density", density)
     deltas = _checked(deltas, 1)
-    sizes = deltas.reshape(len(deltas), -1).abs()
-    kept = max(1, math.ceil(density * sizes.shape[1]))
-    threshold = sizes.kthvalue(sizes.shape[1] - kept + 1, dim=1).values
-    trimmed = torch.where(deltas.abs() >= threshold.view(-1, *[1] * (deltas.ndim - 1)), deltas, 0.0)
+    sizes = deltas.abs()
+    if thresholds is None:
+        flat = sizes.reshape(len(deltas), -1)
+        kept = max(1, math.ceil(density * flat.shape[1]))
+        thresholds = flat.kthvalue(flat.shape[1] - kept + 1, dim=1).values
+    trimmed = torch.where(sizes >= thresholds.view(-1, *[1] * (deltas.ndim - 1)), deltas, 0.0)
     return coefficient * _elect(trimmed)
 
 
@@ -231,8 +238,8 @@ def _fraction(where: str, value: float) -> None:
 def _elect(trimmed: Tensor) -> Tensor:
     """The mean over the experts whose entry has the sign that the sum has; 0 where none has."""
     sign = trimmed.sum(0).sign()
-    agrees = (trimmed.sign() == sign) & (trimmed != 0)
-    return torch.where(agrees, trimmed, 0.0).sum(0) / agrees.sum(0).clamp_min(1)
+    agreeing = (trimmed * sign).clamp_min(0)
+    return sign * agreeing.sum(0) / (agreeing > 0).sum(0, dtype=trimmed.dtype).clamp_min(1)
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:

@@ -27,6 +27,10 @@ Adapter = tuple[Tensor, Tensor, float | int]
 
 # "fitted" never takes experts to agree better than this fraction of ‖R_i(0)‖²: the scale must stay above zero.
 _LEAST_FITTED = 1e-6
+# Directions of the adapters' joint span whose squared length is below this part of the largest are rounding.
+_RANK_PRECISION = 1e-12
+# From this rtol on the small problem of float32 adapters runs in float32, else in float64.
+_FLOAT32_RTOL = 1e-3
 
 
 def solve(
@@ -281,21 +285,50 @@ def _solve_factored(adapters: Sequence[Adapter], settings: _Settings) -> Solutio
     dtypes = {factor.dtype for b, a, _ in adapters for factor in (b, a)}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     batch = tuple(adapters[0][0].shape[:-2])
-    factors = [((scaling * b.double()).to(dtype), a.to(dtype)) for b, a, scaling in adapters]
+    factors = [(scaling * b.double(), a.double()) for b, a, scaling in adapters]
     size = (adapters[0][0].shape[-2], adapters[0][1].shape[-1])
     scales = _expert_scales(settings.scale, batch, len(adapters), factors[0][0].device)
-    left = torch.linalg.qr(torch.cat([b for b, _ in factors], -1))[0]
-    right = torch.linalg.qr(torch.cat([a.mT for _, a in factors], -1))[0]
-    cores = torch.stack([(left.mT @ b).double() @ (a @ right).double() for b, a in factors], -3)
-    stacked = cores.reshape(-1, *cores.shape[-3:])
-    stride = 1 if stacked.device.type == "cpu" else max(1, len(stacked))
-    lefts, rights = (basis.reshape(-1, *basis.shape[-2:]).to(dtype) for basis in (left, right))
+    left, lefts = _span([b for b, _ in factors])
+    right, rights = _span([a.mT for _, a in factors])
+    thin = None
+    if settings.side == "both" and 3 * lefts.shape[-1] <= min(lefts.shape[-2], rights.shape[-2]):
+        thin = (lefts, rights)
+    cores = lefts @ rights.mT
+    if dtype == torch.float32 and settings.rtol >= _FLOAT32_RTOL:
+        cores, thin = cores.float(), None if thin is None else (lefts.float(), rights.float())
+    stride = 1 if cores.device.type == "cpu" else max(1, len(cores))
     members: list[Solution] = []
-    for first in range(0, len(stacked), stride):
+    for first in range(0, len(cores), stride):
         chunk = slice(first, first + stride)
-        members += _solve_core(stacked[chunk], size, None if scales is None else scales[chunk], None, settings)
-    lifted = [_lift(member, lefts[i], rights[i]) for i, member in enumerate(members)]
+        own = None if thin is None else (thin[0][chunk], thin[1][chunk])
+        own_scales = None if scales is None else scales[chunk]
+        members += _solve_core(cores[chunk], size, own_scales, None, settings, own)
+    left, right = left.to(dtype), right.to(dtype)
+    lifted = [_lift(member, left[i], right[i]) for i, member in enumerate(members)]
     return join(lifted, batch, single=not batch)
+
+
+def _span(
+    factors: Sequence[Float[Tensor, "*batch side _"]],
+) -> tuple[Float[Tensor, "flat side k"], Float[Tensor, "flat expert k r"]]:
+    """An orthonormal basis Q of the joint column space, and F_i with Q·F_i the factors, padded to the largest rank.
+
+    From the eigenvectors of the stack's Gram matrix in float64, which costs less than a QR factorisation.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    largest = max(factor.shape[-1] for factor in factors)
+    padded = [torch.nn.functional.pad(factor, (0, largest - factor.shape[-1])) for factor in factors]
+    stack = torch.cat([factor.reshape(-1, *factor.shape[-2:]) for factor in padded], -1)
+    # Columns of unit length first: factors of very different size keep their digits.
+    size = torch.linalg.vector_norm(stack, dim=-2, keepdim=True)
+    stack = stack / size.clamp_min(tiny)
+    values, vectors = torch.linalg.eigh(stack.mT @ stack)
+    least = _RANK_PRECISION * values[:, -1:].clamp_min(tiny)
+    kept = max(1, min(stack.shape[-2], int((values > least).sum(-1).max())))
+    roots = values[:, None, -kept:].clamp_min(least.unsqueeze(1)).sqrt()
+    vectors = vectors[..., -kept:]
+    inside = (roots * vectors).mT * size
+    return stack @ (vectors / roots), inside.unflatten(-1, (len(factors), largest)).transpose(1, 2)
 
 
 def _lift(member: Solution, left: Tensor, right: Tensor) -> Solution:
@@ -313,9 +346,10 @@ def _solve_core(
     scales: Float[Tensor, "batch expert"] | None,
     start: Float[Tensor, "batch k l"] | None,
     settings: _Settings,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> list[Solution]:
     """Solve a batch; members that fail in float32 are solved again in float64, and fall back to the mean after that."""
-    solutions = _solve_once(deltas, size, scales, start, settings)
+    solutions = _solve_once(deltas, size, scales, start, settings, factors)
     failed = [i for i, solution in enumerate(solutions) if not solution.outcome.ok]
     if failed and deltas.dtype != torch.float64:
         again = _solve_once(
@@ -336,6 +370,7 @@ def _solve_once(
     scales: Float[Tensor, "batch expert"] | None,
     start: Float[Tensor, "batch k l"] | None,
     settings: _Settings,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> list[Solution]:
     expert = Expert.of(settings.expert, settings.tail_index)
     # A power of two near the deltas' common size is divided out: exact, and nothing under- or overflows.
@@ -348,7 +383,12 @@ def _solve_once(
         deltas = deltas.mT.contiguous()
     rows, columns = size if settings.side != "input" else size[::-1]
     problem: OneSided | TwoSided
-    problem = TwoSided(deltas, rows * columns, settings.pooling) if settings.side == "both" else OneSided(deltas, rows)
+    if settings.side == "both":
+        if factors is not None:
+            factors = (factors[0] * (1 / unit).to(given.dtype)[:, None, None, None], factors[1])
+        problem = TwoSided(deltas, rows * columns, settings.pooling, factors)
+    else:
+        problem = OneSided(deltas, rows)
     degree = problem.residual_degree
     # Also absent is an expert so much smaller than the others that its Gram matrix underflows.
     present = (problem.trace > 0) & (problem.start_residual_sq > 0)

@@ -1,6 +1,7 @@
 """The two-sided (Kronecker) product of experts: residual Â_iᵀ(Θ − A_i)R_i^½ with Â_i = A_i/‖A_i‖_F."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +14,51 @@ __all__ = ["TwoSided"]
 _MAX_CONJUGATE_STEPS = 400
 # Above this ratio of its sides, X(XᵀY) takes fewer operations than (XXᵀ)Y on the one side and Y(XᵀX) on the other.
 _GOLDEN = (1 + 5**0.5) / 2
+
+
+@dataclass(frozen=True)
+class _Thin:
+    """Â_i = P_iQ_iᵀ of low rank: L_iΘÂ_iᵀÂ_i = P_i [Q_iᵀQ_i (P_iᵀΘQ_i) P_iᵀP_i] Q_iᵀ, all products through the rank."""
+
+    left: Float[Tensor, "batch expert out r"]
+    right: Float[Tensor, "batch expert in r"]
+    left_gram: Float[Tensor, "batch expert r r"]
+    right_gram: Float[Tensor, "batch expert r r"]
+
+    @staticmethod
+    def of(left: Float[Tensor, "batch expert out r"], right: Float[Tensor, "batch expert in r"]) -> "_Thin":
+        return _Thin(left, right, left.mT @ left, right.mT @ right)
+
+    def each(
+        self, theta: Float[Tensor, "batch #expert out in"], pooling: float, pooled: Float[Tensor, "batch 1 1 in"]
+    ) -> Float[Tensor, "batch expert out in"]:
+        """L_i Θ R_i for every expert, of one Θ or of one each."""
+        seen = self.right_gram @ (self.left.mT @ theta)
+        own = (seen @ self.right @ self.left_gram) @ self.right.mT
+        each: Tensor = self.left @ own.mul_(1 - pooling).add_(seen * pooled, alpha=pooling)
+        return each
+
+    def operator(
+        self,
+        heavy: Float[Tensor, "batch expert 1 1"],
+        prior: Float[Tensor, "batch 1 1"],
+        pooling: float,
+        pooled: Float[Tensor, "batch 1 in"],
+    ) -> Callable[[Float[Tensor, "batch out in"]], Float[Tensor, "batch out in"]]:
+        """Θ ↦ Σ w_i L_i Θ R_i + λΘ."""
+        batch, experts, rows, rank = self.left.shape
+        lefts = self.left.transpose(1, 2).flatten(2)
+        weighed = (heavy * self.left @ self.right_gram).transpose(1, 2).flatten(2)
+        summed = pooling * (weighed @ lefts.mT)
+        rights = ((1 - pooling) * self.left_gram @ self.right.mT).flatten(1, 2)
+
+        def operate(theta: Tensor) -> Tensor:
+            narrow = (lefts.mT @ theta).view(batch, experts, rank, -1) @ self.right
+            middle = (weighed.view(batch, rows, experts, rank).transpose(1, 2) @ narrow).transpose(1, 2)
+            out: Tensor = middle.reshape(batch, rows, -1) @ rights + (summed @ theta) * pooled + prior * theta
+            return out
+
+        return operate
 
 
 class TwoSided:
@@ -29,11 +75,21 @@ class TwoSided:
 
     residual_degree = 1
 
-    def __init__(self, deltas: Float[Tensor, "batch expert out in"], mean_over: int, pooling: float) -> None:
-        """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
+    def __init__(
+        self,
+        deltas: Float[Tensor, "batch expert out in"],
+        mean_over: int,
+        pooling: float,
+        factors: tuple[Float[Tensor, "batch expert out r"], Float[Tensor, "batch expert in r"]] | None = None,
+    ) -> None:
+        """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix).
+
+        `factors`: (P_i, Q_i) with A_i = P_i Q_iᵀ, where their rank is far below the deltas' sides.
+        """
         self.mean_over, self.pooling = mean_over, pooling
         norm = norm_sq(deltas).sqrt()[..., None, None]
-        unit = deltas * torch.where(norm > 0, 1 / norm, 0.0).to(deltas.dtype)
+        shrink = torch.where(norm > 0, 1 / norm, 0.0).to(deltas.dtype)
+        unit = deltas * shrink
         self.left_basis = torch.linalg.eigh(gram(unit.transpose(1, 2).flatten(2)))[1]
         summed, self.right_basis = torch.linalg.eigh(gram(unit.flatten(1, 2).mT))
         # In this basis the pooled input Gram is diagonal.
@@ -41,10 +97,18 @@ class TwoSided:
         self.pooled = (summed.clamp_min(0) / present[..., 0]).unsqueeze(-2)
         self.deltas = self.enter(deltas)
         self.unit = self.enter(unit)
+        self.left: Tensor | None = None
+        self.right: Tensor | None = None
+        self.thin: _Thin | None = None
         rows, columns = self.unit.shape[-2:]
-        # A Gram is formed where multiplying by it costs less than multiplying by both of its factors.
-        self.left = gram(self.unit) if rows < _GOLDEN * columns else None
-        self.right = self.input_grams() if columns < _GOLDEN * rows else None
+        if factors is not None:
+            self.thin = _Thin.of(
+                self.left_basis.mT.unsqueeze(1) @ factors[0] * shrink, self.right_basis.mT.unsqueeze(1) @ factors[1]
+            )
+        else:
+            # A Gram is formed where multiplying by it costs less than multiplying by both of its factors.
+            self.left = gram(self.unit) if rows < _GOLDEN * columns else None
+            self.right = self.input_grams() if columns < _GOLDEN * rows else None
         self.left_diagonal = self.unit.square().sum(-1)
         self.right_diagonal = (1 - pooling) * self.unit.square().sum(-2) + pooling * self.pooled
         self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
@@ -60,7 +124,9 @@ class TwoSided:
     def _each(self, theta: Float[Tensor, "batch #expert out in"]) -> Float[Tensor, "batch expert out in"]:
         """L_i Θ R_i for every expert, of one Θ or of one each."""
         each: Tensor
-        if self.right is None:
+        if self.thin is not None:
+            each = self.thin.each(theta, self.pooling, self.pooled.unsqueeze(1))
+        elif self.right is None:
             assert self.left is not None
             each = ((1 - self.pooling) * (self.left @ (theta @ self.unit.mT))) @ self.unit
             if self.pooling:
@@ -76,7 +142,9 @@ class TwoSided:
     ) -> Callable[[Float[Tensor, "batch out in"]], Float[Tensor, "batch out in"]]:
         """Θ ↦ Σ w_i L_i Θ R_i + λΘ, the sum over experts inside one long product."""
         heavy = weights[:, :, None, None]
-        unit, left, right = self.unit, self.left, self.right
+        unit, left, right, thin = self.unit, self.left, self.right, self.thin
+        if thin is not None:
+            return thin.operator(heavy, prior, self.pooling, self.pooled)
         if right is None:
             assert left is not None
             own = ((1 - self.pooling) * heavy) * left
@@ -102,7 +170,7 @@ class TwoSided:
         difference = reference.unsqueeze(1) - self.deltas
         self.reference = reference
         self.slopes = self._each(difference)
-        self.reference_residual_sq = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
+        self.reference_residual_sq: Tensor = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
 
     def recentre(
         self, theta: Float[Tensor, "batch out in"], residual_sq: Float[Tensor, "batch expert"]
@@ -116,7 +184,8 @@ class TwoSided:
 
     def mean_diagonal(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, " batch"]:
         """Mean diagonal entry of Σ w_i L_i ⊗ R_i."""
-        return (weights * self.trace).sum(-1) / self.mean_over
+        mean: Tensor = (weights * self.trace).sum(-1) / self.mean_over
+        return mean
 
     def minimise(
         self,
