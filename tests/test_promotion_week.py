@@ -149,21 +149,24 @@ def test_a_week(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         assert (registered["version"], registered["created"], registered["promoted"]) == (4, False, False)
         assert registered["aliases"] == ["candidate", "champion"]
 
-    # Wednesday: three that are worse.
+    # Wednesday: two that are worse.
     team.land("a", 12, wrong_labels=True)
     stays("suites")
     back("a")
     team.land("b", 2)
     stays("mean")
     back("b")
+
+    # Thursday: one is poisoned, and before anybody has looked a third that is worse lands: two versions hold it.
+    revision = team.poison("b")
+    poisoned = stays("mean")
     team.land("c", 3)
+    also_poisoned = stays("mean")
+    team.land("b", 12)
     stays("mean")
     back("c")
 
-    # Thursday: one is poisoned, one is malformed.
-    revision = team.poison("b")
-    poisoned = stays("mean")
-    team.land("b", 12)
+    # One is malformed.
     team.malform("b")
     before = [version.version for version in list_versions(client, "tiny")]
     with pytest.raises(BadInputError, match="b"):
@@ -191,8 +194,8 @@ def test_a_week(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "gate mean: fail" in capsys.readouterr().out
 
     # The recall, and the way back.
-    found = recall(client, "tiny", revision)
-    assert [(version.version, held) for version, held in found] == [(str(poisoned["version"]), ["b"])]
+    holding = [(str(registered["version"]), ["b"]) for registered in (also_poisoned, poisoned)]
+    assert [(version.version, held) for version, held in recall(client, "tiny", revision)] == holding
     previous = alias_version(client, "tiny", "previous")
     digest = find_version(client, "tiny", str(previous)).digest
     assert main(["rollback", "--reason", "complaints", "--by", "ann"]) == 0
@@ -202,6 +205,14 @@ def test_a_week(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert (again["version"], again["promoted"]) == (last["version"], False), "what was rolled back does not come back"
     assert [gate["name"] for gate in again["gates"] if gate["verdict"] == "fail"] == ["not_withdrawn"]  # type: ignore[attr-defined]
     assert find_version(client, "tiny", "4").digest == best["digest"]
+
+    # Old candidates are removed; the recall knows them all the same.
+    assert main(["gc", "--keep", "1"]) == 0
+    assert not {version.version for version in list_versions(client, "tiny")} & {version for version, _ in holding}
+    assert [(version.version, held) for version, held in recall(client, "tiny", revision)] == holding
+    capsys.readouterr()
+    assert main(["models", "--decisions"]) == 0
+    assert "complaints" in capsys.readouterr().out
 
 
 def _register_more(root: str, count: int) -> None:
