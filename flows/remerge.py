@@ -6,14 +6,18 @@ Order and policy live here; whether a stage has work is DVC's to say, what a sta
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from typing import Any
 
 from prefect import flow, get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 from prefect.tasks import exponential_backoff
 from pydantic import BaseModel, ConfigDict, Field
 
 from poemerge.filelock import exclusive
+from poemerge.landings import note_merged
 from poemerge.lifeline import leash
 from poemerge.preflight import preflight
 from poemerge.project import STAGES, Project
@@ -56,9 +60,9 @@ class Remerge(BaseModel):
 def remerge(request: Remerge = Remerge()) -> dict[str, Any]:  # noqa: B008 - frozen
     """Bring every stage of the project around the working directory up to date.
 
-    Returns a summary: what each stage did ("ran", "restored", "unchanged"), the sources that changed, and the seconds
-    it took. Raises BadInputError before any work when params.yaml or the checkpoints are wrong, SourceError when a
-    source cannot be had, StageError when a stage fails.
+    Returns a summary: what each stage did ("ran", "restored", "unchanged"), the sources that changed, what became of an
+    approval that is needed, and the seconds it took. Raises BadInputError before any work when params.yaml or the
+    checkpoints are wrong, SourceError when a source cannot be had, StageError when a stage fails.
     """
     logger = get_run_logger()
     project = Project.find()
@@ -78,12 +82,15 @@ def remerge(request: Remerge = Remerge()) -> dict[str, Any]:  # noqa: B008 - fro
             logger.warning("Expert %s is skipped and keeps its last good revision, if it has one: %s", name, why)
         outcomes = [_run(project, stage) for stage in STAGES]
         _push_what_is_new(project)
+        note_merged(project, lock)
+    approval = _ask_for_approval(project)
     return {
         "reason": request.reason,
         "stages": {outcome.stage: outcome.action for outcome in outcomes},
         "headlines": {outcome.stage: outcome.report.headline for outcome in outcomes},
         "changed_sources": [vars(change) for change in changes],
         "skipped": dict(lock.skipped),
+        "approval": approval,
         "seconds": round(time.monotonic() - began, 1),
     }
 
@@ -113,6 +120,40 @@ def _push_what_is_new(project: Project) -> None:
         return
     push(project.root, timeout_seconds=6 * 3600.0)
     pushed.write_text(digest, encoding="utf-8")
+
+
+def _ask_for_approval(project: Project) -> str | None:
+    """Have the deployment `promote` ask for the approval that the candidate needs; once a version, whatever the answer.
+
+    Returns None when none is needed, "requested" when the candidate waits for it, "answered" when it has waited before,
+    "by hand" when the server has no deployment that a worker serves: then the log tells the command.
+    """
+    registration = json.loads(project.registration_json.read_text(encoding="utf-8"))
+    if not registration["awaits_approval"]:
+        return None
+    from poemerge.registry.promotion import requests  # imports mlflow
+
+    version = str(registration["version"])
+    asked = [request for request in requests(project) if request.version == version]
+    if asked:
+        return "requested" if asked[-1].answer is None else "answered"
+    logger = get_run_logger()
+    with get_client(sync_client=True) as client:
+        try:
+            deployment = client.read_deployment_by_name("promote/promote")
+        except ObjectNotFound:
+            deployment = None
+        if deployment is None or deployment.work_pool_name is None:
+            logger.info("Version %s waits for approval: `poemerge promote %s` asks for it", version, version)
+            return "by hand"
+        request = {"version": version, "by": "remerge", "reason": "it passed every gate when it was registered"}
+        client.create_flow_run_from_deployment(
+            deployment.id,
+            parameters={"request": request},
+            idempotency_key=f"{registration['model']} {registration['run_id']}",
+        )
+    logger.info("Version %s waits for approval: `poemerge approve %s`", version, version)
+    return "requested"
 
 
 def _told(change: Change) -> str:

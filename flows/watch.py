@@ -1,12 +1,12 @@
-"""Watch: what landed since the last resolve is told as an event each, on which a deployment of `remerge` starts.
+"""Watch: what landed since the last complete re-merge is told as an event each, on which a deployment of `remerge`
+starts.
 
-A landing is told once: what was told is remembered in the project, so a second look, or a second identical call of the
-webhook, starts nothing. What failed to merge is taken up by the nightly run or by `poemerge run`.
+A landing is told once, so a second look, or a second identical call of the webhook, starts nothing; and again, some
+times and ever later, while it is not merged (poemerge.landings).
 """
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterable
 
@@ -15,11 +15,12 @@ from prefect.client.orchestration import get_client
 from prefect.events import Event, Resource
 
 from flows.remerge import Landing
+from poemerge import landings
 from poemerge.filelock import exclusive
 from poemerge.project import Project
-from poemerge.sources import Lock, resolve
+from poemerge.sources import Change
 
-__all__ = ["EVENT", "landed", "tell", "watch"]
+__all__ = ["EVENT", "look", "tell", "watch"]
 
 EVENT = "poemerge.expert.landed"
 
@@ -27,40 +28,36 @@ EVENT = "poemerge.expert.landed"
 @flow(name="watch", retries=0)
 def watch() -> list[Landing]:
     """Look at every source once and tell what landed; returns what was told, empty when nothing is new."""
-    told = tell(project := Project.find(), landed(project))
+    told = look(Project.find())
     logger = get_run_logger()
     for landing in told:
         logger.info("%s landed: %s at %s", landing.name, landing.source, landing.new)
     return told
 
 
-def landed(project: Project) -> list[Landing]:
-    """Sources whose revision of now differs from the one in sources.lock; nothing is written."""
-    lock = resolve(project, project.load_params(), write=False)
-    return [
-        Landing(name=change.name, source=change.source, old=change.old or "", new=change.new or "")
-        for change in lock.changes(Lock.read(project.sources_lock))
-    ]
+def look(project: Project) -> list[Landing]:
+    """What landed and was told now, as `watch` does it, outside of a flow run."""
+    return tell(project, landings.landed(project))
 
 
-def tell(project: Project, landings: Iterable[Landing]) -> list[Landing]:
-    """Emit an event for each landing that was not told before; returns those told.
+def tell(project: Project, changes: Iterable[Change]) -> list[Landing]:
+    """Emit an event for each change that is due; returns what was told.
 
     Raises what Prefect's client raises when the server does not take them; then nothing is remembered.
     """
-    record = project.state / "landings.json"
-    with exclusive(record.with_suffix(".lock")):
-        known: dict[str, str] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        fresh = [landing for landing in landings if known.get(landing.name) != f"{landing.old}>{landing.new}"]
-        if fresh:
+    settle = project.load_params().schedule.watch.settle_seconds
+    with exclusive(project.state / "told.lock"):
+        fresh = landings.due(project, changes, settle)
+        told = [
+            Landing(name=change.name, source=change.source, old=change.old or "", new=change.new or "")
+            for change in fresh
+        ]
+        if told:
             with get_client(sync_client=True) as client:
-                events = [_event(landing).model_dump(mode="json") for landing in fresh]
+                events = [_event(landing).model_dump(mode="json") for landing in told]
                 client.request("POST", "/events", json=events).raise_for_status()
-            known |= {landing.name: f"{landing.old}>{landing.new}" for landing in fresh}
-            partial = record.with_name(record.name + ".partial")
-            partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-            partial.replace(record)
-    return fresh
+            landings.note_told(project, fresh)
+    return told
 
 
 def _event(landing: Landing) -> Event:

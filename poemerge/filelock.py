@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["exclusive", "holder"]
+__all__ = ["attended", "exclusive", "holder"]
 
 
 @contextlib.contextmanager
@@ -37,6 +37,18 @@ def exclusive(path: Path, on_wait: Callable[[str], None] | None = None, poll_sec
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def attended(path: Path, first: Callable[[], object]) -> Iterator[None]:
+    """Hold the lock file `path` together with others; whoever finds nobody there does `first`, while others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            first()
+        fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
 

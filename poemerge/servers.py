@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from poemerge.errors import ServerError
+from poemerge.filelock import attended, holder
+from poemerge.leftovers import crash_leftovers
 from poemerge.lifeline import Child
 from poemerge.project import Project
 
@@ -35,14 +38,17 @@ def embedded_prefect(project: Project) -> Iterator[str]:
         _check(configured)
         yield configured
         return
-    running = published(project).get("prefect")
-    if running is not None:
-        use_prefect(project, running)
-        yield running
-        return
-    # A run by hand needs what records it; what starts other runs (schedules, triggers) belongs to `poemerge serve`.
-    with prefect_server(project, schedules=False) as url:
+    with contextlib.ExitStack() as stack:
+        url = published(project).get("prefect")
+        if url is None:
+            # A run by hand needs what records it; what starts other runs (schedules, triggers) belongs to `serve`.
+            url = stack.enter_context(prefect_server(project, schedules=False))
         use_prefect(project, url)
+        # Where no other command is at work, runs of commands that count as running were killed, and those of workers
+        # too unless a `serve` lives.
+        served = holder(project.serve_lock) is not None
+        sweep_up = functools.partial(crash_leftovers, url, commands=True, workers=not served)
+        stack.enter_context(attended(project.state / "commands.lock", sweep_up))
         yield url
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -35,10 +36,10 @@ POINTS = (
 
 CHANGES: dict[str, dict[str, Any]] = {
     "tail": {"tail": {"seed": 7}},
-    "expert": {"expert": {"family": "gaussian"}},
+    "expert": {"expert": {"family": "student_t", "tail_index": 2.5}},
     "merge": {"merge": {"scale_factor": 0.7}},
     "evaluate": {"evaluate": {"bootstrap_samples": 150}},
-    "register": {"register": {"approval": "required"}},
+    "register": {"register": {"approval_hours": 12}},
 }
 """What gives a stage work, and none to those before it; the first two have work when an expert lands."""
 
@@ -87,6 +88,12 @@ def undisturbed_digest(project: Project, stage: str, folder: Path) -> str:
     return digest(Project(folder))
 
 
+def flow_runs(project: Project) -> list[str]:
+    """The state of each flow run, oldest first."""
+    with sqlite3.connect(f"file:{project.prefect_home / 'prefect.db'}?mode=ro", uri=True) as database:
+        return [state for (state,) in database.execute("select state_type from flow_run order by start_time")]
+
+
 def digest(project: Project) -> str:
     found: str = json.loads(project.merge_json.read_text(encoding="utf-8"))["digest"]
     return found
@@ -128,6 +135,7 @@ def test_kill_9(finished: Project, stage: str, victim: str, tmp_path: Path) -> N
     assert said[stage] in {"ran", "restored"}
     assert all(said[before] == "unchanged" for before in STAGES[: STAGES.index(stage)]), "it resumes where it was"
     assert json.loads(finished.registration_json.read_text(encoding="utf-8"))["digest"] == digest(finished)
+    assert flow_runs(finished)[-2:] == ["FAILED" if victim == "stage" else "CRASHED", "COMPLETED"], "none seems alive"
     plan = json.loads(poemerge(finished, "plan", "--json").stdout)
     assert plan["work"] is False
     if STAGES.index(stage) <= STAGES.index("merge"):

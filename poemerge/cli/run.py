@@ -47,6 +47,6 @@ def run(args: argparse.Namespace) -> int:
 
     project = Project.find()
     preflight(project)
-    run_remerge(project, reason=args.reason, verbose=args.verbose)
-    say_verdict(project)
+    summary = run_remerge(project, reason=args.reason, verbose=args.verbose)
+    say_verdict(project, approval=summary["approval"])
     return 0

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     from poemerge.cli.flows import ended_by_sigterm, load
     from poemerge.deployments import write_deployments
     from poemerge.filelock import exclusive
+    from poemerge.landings import forget_told
+    from poemerge.leftovers import crash_leftovers
     from poemerge.preflight import preflight
     from poemerge.project import Project
     from poemerge.servers import prefect_server, publish, use_prefect
@@ -68,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     address, secret = _address(args.webhook), read_secret()
     _refuse_half_a_wish(args, configured, address, secret)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Each request of each look; a level would be set back by libraries that are imported later.
+    logging.getLogger("httpx").addFilter(lambda record: record.levelno >= logging.WARNING)
     project = Project.find()
     params = preflight(project)
     os.chdir(project.root)
@@ -79,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         if url is None:
             url = stack.enter_context(prefect_server(project, schedules=True, port=args.port, usual_port=4200))
             use_prefect(project, url)
+            # Workers end with their `serve`: what counts as run by one was killed, and holds its deployment's slot.
+            crash_leftovers(url, workers=True)
             stack.enter_context(publish(project, {"prefect": url}))
         print(f"Prefect:     {url.removesuffix('/api')}", flush=True)
         server = load(project, "flows.server")
@@ -90,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"Deployments: {', '.join(told if name == 'remerge' else name for name in names)}", flush=True)
         if args.install:
             return 0
+        forget_told(project)
         asked = threading.Event()
         if address is not None and secret is not None:
             port = stack.enter_context(webhook(*address, secret, asked))
@@ -153,7 +159,7 @@ def _supervise(
             asked.clear()
             next_look = time.monotonic() + interval
             try:
-                for landing in watch.tell(project, watch.landed(project)):
+                for landing in watch.look(project):
                     log.info("%s landed: %s at %s", landing.name, landing.source, landing.new)
             except Exception as error:
                 # A source or a server that is down is told and looked at again; serving goes on.

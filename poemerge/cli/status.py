@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from poemerge.project import Project
-    from poemerge.sources import Lock
 
 __all__ = ["add_parser", "run"]
 
@@ -53,42 +53,26 @@ def run(args: argparse.Namespace) -> int:
 
 def _status(project: Project) -> dict[str, Any]:
     from poemerge.errors import PoemergeError
+    from poemerge.landings import merged_last
     from poemerge.sources import resolve
 
-    landed, waiting, trouble = [], {}, None
+    landed: Iterable[dict[str, Any]] = []
+    waiting: dict[str, str] = {}
+    trouble = None
     try:
         lock = resolve(project, project.load_params(), write=False)
-        landed, waiting = _landed(project, lock), {**lock.waiting, **lock.skipped}
+        landed, waiting = map(vars, lock.changes(merged_last(project))), {**lock.waiting, **lock.skipped}
     except PoemergeError as error:
         # A source that is down or wrong is part of the status, not the end of it.
         trouble = str(error)
     return {
         "merged": _merged(project),
-        "landed": landed,
+        "landed": list(landed),
         "waiting": waiting,
         "trouble": trouble,
         "failures": _failures(project),
         **_server(project),
     }
-
-
-def _landed(project: Project, lock: Lock) -> list[dict[str, Any]]:
-    """Base, experts and suites whose revision of now is not the one merged; sources.lock may be ahead of the merge."""
-    from dataclasses import replace
-
-    from poemerge.sources import Lock
-
-    merge, before = _read(project.merge_json), Lock.read(project.sources_lock)
-    if merge is None or before is None:
-        return [vars(change) for change in lock.changes(None)]
-    known = {**lock.experts, **before.experts}
-    merged = {
-        name: replace(known[name], revision=facts["revision"])
-        for name, facts in merge["experts"].items()
-        if name in known
-    }
-    base = replace(before.base, revision=merge["base"].get("revision") or before.base.revision)
-    return [vars(change) for change in lock.changes(replace(before, base=base, experts=merged))]
 
 
 def _merged(project: Project) -> dict[str, Any] | None:

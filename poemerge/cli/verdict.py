@@ -44,8 +44,11 @@ def score_table(project: Project) -> Table | None:
     return table
 
 
-def say_verdict(project: Project, console: Console | None = None) -> None:
-    """Print the scores, the registered version, each gate's verdict, and where the report and the pages are."""
+def say_verdict(project: Project, console: Console | None = None, *, approval: str | None = None) -> None:
+    """Print the scores, the registered version, each gate's verdict, and where the report and the pages are.
+
+    Arguments: `approval`, what the flow says became of an approval that is needed.
+    """
     console = console or Console(highlight=False)
     table = score_table(project)
     if table is not None:
@@ -59,19 +62,24 @@ def say_verdict(project: Project, console: Console | None = None) -> None:
         )
         for gate in registration["gates"]:
             console.print(escape(f"  {gate['verdict']:<8} {gate['name']}: {gate['reason']}"), soft_wrap=True)
-        console.print(_decision(registration), style="bold")
+        console.print(_decision(registration, approval), style="bold")
     if project.report_html.is_file():
         console.print(f"Report: {project.report_html}", soft_wrap=True)
     console.print("Pages:  `poemerge ui` opens Prefect's and MLflow's")
 
 
-def _decision(registration: dict[str, Any]) -> str:
+def _decision(registration: dict[str, Any], approval: str | None) -> str:
     version, before = registration["version"], registration.get("champion_before")
     if registration["promoted"]:
         return f"Version {version} is champion" + ("." if before in (None, version) else f"; it was {before}.")
     if "champion" in registration["aliases"]:
         return f"Version {version} stays champion."
-    return f"Version {version} is a candidate; version {before} stays champion."
+    if approval == "requested":
+        return f"Version {version} waits for approval: `poemerge approve {version}`, or `poemerge reject {version}`."
+    if approval == "by hand":
+        return f"Version {version} passed every gate and needs approval: `poemerge promote {version}` asks for it."
+    champion = "there is no champion" if before is None else f"version {before} stays champion"
+    return f"Version {version} is a candidate; {champion}."
 
 
 def _accuracy(baseline: Any) -> float | None:

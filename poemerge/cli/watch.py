@@ -8,7 +8,8 @@ __all__ = ["add_parser", "run"]
 
 DESCRIPTION = """\
 Look at every source each `schedule.watch.interval_seconds`, and re-merge when something landed, until Ctrl-C: what
-`poemerge serve` does, without a server that stays. A re-merge that fails is told, and taken up at the next landing.
+`poemerge serve` does, without a server that stays. A re-merge that fails is told, and tried again after 5 minutes, half
+an hour and three hours, and at the next landing.
 
 $ poemerge watch
 Looking each 60 s
@@ -44,22 +45,19 @@ def run(args: argparse.Namespace) -> int:
 
     from poemerge.cli.flows import ended_by_sigterm
     from poemerge.errors import PoemergeError
+    from poemerge.landings import due, landed, note_told
     from poemerge.preflight import preflight
     from poemerge.project import Project
-    from poemerge.sources import Change, Lock, resolve
+    from poemerge.sources import Change
 
     project = Project.find()
     params = preflight(project)
-
-    def landed() -> list[Change]:
-        lock = resolve(project, project.load_params(), write=False)
-        return lock.changes(Lock.read(project.sources_lock))
 
     def told(change: Change) -> str:
         return f"{change.name} landed: {change.source}, {change.old or 'nothing'} → {change.new or 'nothing'}"
 
     if args.once:
-        changes = landed()
+        changes = landed(project)
         if args.json:
             keys = ("name", "source", "old", "new")
             print(json.dumps([{key: getattr(change, key) for key in keys} for change in changes], indent=2))
@@ -68,19 +66,18 @@ def run(args: argparse.Namespace) -> int:
         return 0
     watch = params.schedule.watch
     print(f"Looking each {watch.interval_seconds} s", flush=True)
-    tried: list[Change] = []
     with ended_by_sigterm():
         while True:
             try:
-                changes = landed()
+                changes = due(project, landed(project))
             except PoemergeError as error:
                 print(error, file=sys.stderr, flush=True)
                 changes = []
-            if changes and changes != tried:
+            if changes:
                 print("\n".join(map(told, changes)), flush=True)
+                note_told(project, changes)
                 time.sleep(watch.settle_seconds)
-                tried = landed()
                 # A run in a process of its own: what it imports and starts ends with it.
-                names = ", ".join(change.name for change in tried or changes)
+                names = ", ".join(change.name for change in changes)
                 subprocess.run([sys.executable, "-m", "poemerge", "run", "--reason", f"{names} landed"], check=False)
             time.sleep(watch.interval_seconds)

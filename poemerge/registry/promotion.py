@@ -29,6 +29,7 @@ __all__ = [
     "expire",
     "open_requests",
     "request_approval",
+    "requests",
     "roll_back",
 ]
 
@@ -157,6 +158,12 @@ def open_requests(project: Project) -> list[Request]:
     """The requests that nobody has answered, oldest first; those that have expired too."""
     with speaking(tracking_uri(project)):
         return [item for item in _requests(_open(project).journal) if item.answer is None]
+
+
+def requests(project: Project) -> list[Request]:
+    """Every request for approval there was, oldest first."""
+    with speaking(tracking_uri(project)):
+        return _requests(_open(project).journal)
 
 
 def find_request(project: Project, wanted: str) -> Request:
