@@ -249,15 +249,21 @@ def test_same_inputs_same_digest(models: dict[str, Path], tmp_path: Path) -> Non
 def test_large_parameters_go_block_by_block(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from poemerge.merging import plan
+    from poemerge.merging import compute, plan
 
     experts = _experts(models, "one", "two", "lora")
     whole = {
         m: merge(models["base"], experts, tmp_path / "w", MergeParams(method=m, **FAST)).record for m in ("mean", "poe")
     }
     whole["ties"] = merge(models["base"], experts, tmp_path / "w", MergeParams(method="ties")).record
+    checked = ExpertSet.open(models["base"], experts)
+    for name, merged in _weights(tmp_path / "w").items():
+        if checked.touching(name):
+            expected = checked.base.read(name) + poemerge.baselines.ties(checked.deltas(name))
+            torch.testing.assert_close(merged, expected, atol=1e-6, rtol=0)
     monkeypatch.setattr(plan, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(plan, "TRIMMED_BYTES", 1000)
+    monkeypatch.setattr(compute, "_BLOCK_ENTRIES", 1000)
     _, checkpoints, made = prepare(models["base"], experts, MergeParams(method="mean"))
     assert len(made.order[0]) > 3 * len(checkpoints.names())
     for method, record in whole.items():
@@ -398,7 +404,7 @@ def test_other_settings_do_not_resume(models: dict[str, Path], tmp_path: Path) -
 
 
 def test_memory_gate_holds_back_and_lets_large_ones_pass_alone() -> None:
-    gate = MemoryGate(100)
+    gate = MemoryGate(100, 2)
     under_way, peak, lock = [0], [0], threading.Lock()
 
     def read(size: int) -> int:
@@ -419,6 +425,24 @@ def test_memory_gate_holds_back_and_lets_large_ones_pass_alone() -> None:
     assert gate.acquire(1000)
     gate.close()
     assert not gate.acquire(1)
+
+
+def test_no_more_units_are_read_ahead_than_keep_the_workers_busy() -> None:
+    """A budget of memory is no reason to fill it: with room for 10,000 units a slow writer has few waiting for it."""
+    started, most, lock = [0], [0], threading.Lock()
+
+    def read(unit: int) -> int:
+        with lock:
+            started[0] += 1
+        return unit
+
+    def write(unit: int, _: int) -> None:
+        time.sleep(0.002)
+        with lock:
+            most[0] = max(most[0], started[0] - unit)
+
+    stream(range(50), lambda _: 1, read, lambda unit, _: unit, write, workers=2, limit=10_000)
+    assert 2 <= most[0] <= 6
 
 
 @pytest.mark.parametrize("step", ["read", "compute", "write"])

@@ -106,18 +106,33 @@ class Loaded:
     whole: dict[str, Tensor]
     factors: dict[str, tuple[Tensor, Tensor, float]]
 
+    def rows(self, rows: slice) -> Loaded:
+        """The same of some rows, without a copy."""
+        return Loaded(
+            self.name,
+            self.experts,
+            self.base[rows],
+            {expert: own[rows] for expert, own in self.whole.items()},
+            {expert: (b[rows], a, scaling) for expert, (b, a, scaling) in self.factors.items()},
+        )
+
+    def delta(self, expert: str) -> Tensor:
+        """One expert minus base, float32, in memory of its own."""
+        return self._put(expert, self.base.to(torch.float32), torch.empty_like(self.base, dtype=torch.float32))
+
     def deltas(self) -> Tensor:
         """Expert minus base, float32 `[expert, *shape]`; the experts' own tensors are let go one by one."""
         base = self.base.to(torch.float32)
         out = torch.empty((len(self.experts), *base.shape), dtype=torch.float32, device=base.device)
         for i, expert in enumerate(self.experts):
-            if expert in self.whole:
-                out[i] = self.whole.pop(expert)
-                out[i] -= base
-            else:
-                out[i] = 0
-            if expert in self.factors:
-                out[i] += dense(*self.factors[expert])
+            self._put(expert, base, out[i])
+            self.whole.pop(expert, None)
+        return out
+
+    def _put(self, expert: str, base: Tensor, out: Tensor) -> Tensor:
+        out.copy_(self.whole[expert]).sub_(base) if expert in self.whole else out.zero_()
+        if expert in self.factors:
+            out += dense(*self.factors[expert])
         return out
 
 

@@ -54,7 +54,6 @@ class Job:
         irrelevant = {"engine", "dask_address"}
         return {
             "params": self.params.model_dump(mode="json", exclude=irrelevant),
-            "coefficient_given": "coefficient" in self.params.model_fields_set,
             "selection": asdict(self.selection),
             "device": self.device().split(":")[0] if self.params.engine == "local" else self.params.device,
         }
@@ -151,10 +150,12 @@ class _Work:
                     self._moved[first.name] = self._experts.moved(first.name)
                 moved = self._moved.pop(first.name) if unit.last else self._moved[first.name]
             return _Input([loaded], moved)
-        if first.trimmed_in_blocks:
-            if first.name not in self._thresholds:
-                self._thresholds[first.name] = ties_thresholds(self._experts, first.name)
-            thresholds = self._thresholds.pop(first.name) if unit.last else self._thresholds[first.name]
+        if first.trimmed:
+            thresholds = None
+            if unit.rows is not None:
+                if first.name not in self._thresholds:
+                    self._thresholds[first.name] = ties_thresholds(self._experts, first.name)
+                thresholds = self._thresholds.pop(first.name) if unit.last else self._thresholds[first.name]
             return _Input([self._experts.load(first.name, unit.rows)], thresholds=thresholds)
         many = [self._experts.load(p.name, pin=self._transfer is not None) for p in unit.parameters]
         if self._transfer is None:
@@ -177,9 +178,9 @@ class _Work:
                 moved = [not check or _differs(loaded, expert) for expert in loaded.experts]
             one = merge_elementwise(loaded, first.settings, moved, len(self._experts.experts), first.dtype)
             return [one if one.weight is not None else Merged(loaded.base.to(first.dtype), one.entry)]
-        if read.thresholds is not None:
+        if first.trimmed:
             loaded = read.loaded[0]
-            one = merge_trimmed(loaded, read.thresholds, first.settings, first.dtype)
+            one = merge_trimmed(loaded, first.settings, first.dtype, read.thresholds)
             return [one if one.weight is not None else Merged(loaded.base.to(first.dtype), one.entry)]
         if self._transfer is not None:
             self._transfer.receive(read.loaded, read.ready)

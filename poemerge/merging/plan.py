@@ -22,8 +22,8 @@ Action = Literal["merged", "averaged", "left_at_base"]
 BLOCK_BYTES = 1 << 22
 """Entry by entry merges go through a parameter in blocks of rows of about this size (float32): a few fit a cache."""
 
-TRIMMED_BYTES = 1 << 26
-"""TIES goes in blocks where the stack of deltas is larger than this: embeddings, mostly."""
+TRIMMED_BYTES = 1 << 28
+"""TIES reads a parameter twice, in blocks, where the experts' tensors are larger than this: embeddings, mostly."""
 
 BASELINE_WORKING_SETS: Mapping[str, float] = {"tsv_m": 5.0, "iso_c": 4.0, "wudi": 12.0, "karcher": 22.0}
 """Memory that a baseline takes for one matrix beside its stack of deltas, in stacks; 7 where it is not named."""
@@ -55,10 +55,9 @@ class ParameterPlan:
         return self.settings is not None and self.settings.method in ELEMENTWISE
 
     @property
-    def trimmed_in_blocks(self) -> bool:
-        """Whether it is merged by TIES in blocks, the thresholds of trimming having been found expert by expert."""
-        large = 4 * self.entries * len(self.experts) > TRIMMED_BYTES
-        return self.settings is not None and self.settings.method == "ties" and large
+    def trimmed(self) -> bool:
+        """Whether it is merged by TIES, which needs one threshold for each expert and goes entry by entry then."""
+        return self.settings is not None and self.settings.method == "ties"
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _units(parameters: Sequence[ParameterPlan], limit: int, batch: bool) -> Iter
         if waiting and (not batch or _alike(p) != _alike(waiting[0]) or (len(waiting) + 1) * _memory(p) > limit // 2):
             yield Unit(tuple(waiting), None, True, sum(_memory(one) for one in waiting))
             waiting = []
-        if p.action == "left_at_base" or p.elementwise or p.trimmed_in_blocks:
+        if p.action == "left_at_base" or p.elementwise or p.trimmed:
             yield from _blocks(p)
         else:
             waiting.append(p)
@@ -191,21 +190,22 @@ def _alike(p: ParameterPlan) -> tuple[object, ...]:
 
 
 def _blocks(p: ParameterPlan) -> Iterator[Unit]:
-    """A parameter in blocks of rows; memory: base, sum, one expert's rows in float32 and as stored, the output."""
+    """A parameter in blocks of rows, or whole where it is small or TIES has room for all experts' tensors at once."""
     rows = p.shape[0] if p.shape else 1
     step = max(1, rows * BLOCK_BYTES // max(4 * p.entries, 1))
-    if step >= rows:
-        yield Unit((p,), None, True, _block_memory(p, p.entries))
-        return
-    for first in range(0, rows, step):
+    if p.trimmed and p.stored.itemsize * p.entries * len(p.experts) <= TRIMMED_BYTES:
+        step = rows
+    # TIES finds a threshold for each expert in a delta of its own; one of all rows comes with the first block.
+    thresholds = 4 * p.entries if p.trimmed else 0
+    for first in range(0, rows, step) if rows else (0,):
         count = min(step, rows - first)
-        memory = _block_memory(p, p.entries // rows * count)
-        if p.trimmed_in_blocks:
-            memory = 7 * memory + (32 * p.entries if first == 0 else 0)  # the thresholds come with the first block
-        yield Unit((p,), slice(first, first + count), first + count == rows, memory)
+        memory = _block_memory(p, p.entries // max(rows, 1) * count) + (thresholds if first == 0 else 0)
+        whole = step >= rows
+        yield Unit((p,), None if whole else slice(first, first + count), first + count == rows, memory)
 
 
 def _block_memory(p: ParameterPlan, entries: int) -> int:
+    """Base, sum, one expert's rows in float32 and as stored, the output."""
     return entries * (16 + p.stored.itemsize + p.dtype.itemsize + len(p.experts) * p.stored.itemsize)
 
 

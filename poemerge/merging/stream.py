@@ -14,31 +14,43 @@ import torch
 
 __all__ = ["MemoryGate", "processors", "single_threaded", "stream"]
 
+_SPARE_UNITS = 3
+"""Beside those that are computed: one that is read, one that is written, one that waits."""
+
 Unit = TypeVar("Unit")
 Loaded = TypeVar("Loaded")
 Result = TypeVar("Result")
 
 
 class MemoryGate:
-    """Admits work in order while what is admitted stays within `limit` bytes; more than the limit is admitted alone."""
+    """Admits work in order while what is admitted stays within `limit` bytes and `count` pieces; a piece larger than the
+    limit is admitted alone."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, count: int) -> None:
         self._limit = limit
+        self._count = count
         self._used = 0
+        self._inside = 0
         self._closed = False
         self._changed = threading.Condition()
 
     def acquire(self, nbytes: int) -> bool:
         """Wait until `nbytes` fit; False when the gate was closed meanwhile."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self._used or self._used + nbytes <= self._limit)
-            self._used += 0 if self._closed else nbytes
+            self._changed.wait_for(lambda: self._closed or not self._inside or self._fits(nbytes))
+            if not self._closed:
+                self._used += nbytes
+                self._inside += 1
             return not self._closed
+
+    def _fits(self, nbytes: int) -> bool:
+        return self._inside < self._count and self._used + nbytes <= self._limit
 
     def release(self, nbytes: int) -> None:
         """Give `nbytes` back."""
         with self._changed:
             self._used -= nbytes
+            self._inside -= 1
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -60,10 +72,11 @@ def stream(
 ) -> None:
     """Carry every unit through read (one thread), compute (`workers` threads) and write (the caller's), in order.
 
-    At most `limit` bytes are under way by the units' own account, `memory(unit)`: a slow writer holds the reader back.
+    At most `limit` bytes are under way by the units' own account, `memory(unit)`, and no more units than keep the workers
+    busy: a slow writer or solver holds the reader back.
     The first exception of any step is raised here, after the threads have ended.
     """
-    gate = MemoryGate(limit)
+    gate = MemoryGate(limit, workers + _SPARE_UNITS)
     # A reader that has died must still be heard, so it hands its exception on in the queue's order.
     queue: Queue[tuple[Unit, Future[Result]] | BaseException | None] = Queue()
     with ThreadPoolExecutor(workers, "merge-compute") as pool:
