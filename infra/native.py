@@ -244,8 +244,11 @@ class Stack:
     def _make_cluster(self, service: Mapping[str, Any]) -> None:
         """What the image's entrypoint does first: initdb, where there is no cluster yet."""
         data = Path(service["environment"]["PGDATA"])
-        if (data / "PG_VERSION").is_file():
+        mark = self.state / "volumes" / "postgres.made"
+        if (data / "PG_VERSION").is_file() and mark.is_file():
             return
+        # Left behind by a state folder that somebody removed: nobody knows its password any more.
+        shutil.rmtree(data, ignore_errors=True)
         data.mkdir(parents=True, exist_ok=True)
         as_postgres = os.getuid() == 0
         if as_postgres:
@@ -268,6 +271,8 @@ class Stack:
             extra_groups=[] if as_postgres else None,
         )
         password.unlink()
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
     def remove(self) -> None:
         """Forget everything: volumes, secrets, logs. Only after `down`."""
