@@ -60,7 +60,7 @@ def poe_default(deltas: Tensor) -> Tensor:
         rtol=max(own.rtol, 1e-3),
         **extra,
     )
-    return own.coefficient * solution.dense()
+    return solution.dense()
 
 
 def poe_paper(deltas: Tensor) -> Tensor:

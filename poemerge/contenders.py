@@ -123,8 +123,6 @@ class Field:
             base=_digest_of(self.project.base),
             experts={expert: _digest_of(folder) for expert, folder in experts.items()},
             params=params.model_dump(mode="json", exclude={"max_memory", "max_shard_size", "engine", "dask_address"}),
-            # A coefficient that is not given is the method's own, and equal settings are not equal merges.
-            given=sorted(params.model_fields_set & {"coefficient"}),
             selection=repr(selection),
             code=_code_digest(),
         )

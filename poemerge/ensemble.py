@@ -20,7 +20,7 @@ from poemerge.checkpoints import Checkpoint, ExpertSet
 from poemerge.contenders import Field
 from poemerge.errors import BadInputError, Problem
 from poemerge.merging import FamilyChoice, Selection
-from poemerge.merging.compute import _solve as solve_as_merged
+from poemerge.merging.compute import solve_as_merged, with_length
 from poemerge.merging.settings import ParameterSettings, resolve
 from poemerge.params import MergeParams
 from poemerge.suites.classification import columns_of
@@ -114,7 +114,8 @@ def _noise(experts: ExpertSet, name: str, settings: ParameterSettings, count: in
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     draws = solution.posterior.sample(count, generator=generator)
     assert isinstance(draws, Tensor)  # the deltas were dense
-    noise = settings.coefficient * (draws - solution.dense()).float()
+    settings = with_length(settings, deltas, experts.base.read(name))
+    noise = settings.multiple * (draws - solution.dense()).float()
     return (noise.mT if transposed else noise).contiguous()
 
 

@@ -143,12 +143,12 @@ class MergeParams(Section):
 
     method: Method = "poe"
     side: Side = "both"
-    pooling: float = Field(default=0.3, ge=0, le=1)
+    pooling: float = Field(default=0.5, ge=0, le=1)
     scale: Scale = "common"
     scale_factor: float = Field(default=0.1, gt=0)
     prior: Literal["relative", "absolute"] = "relative"
     prior_precision: float = Field(default=1e-2, ge=0)
-    coefficient: float = 1.0
+    coefficient: float | None = None
     max_steps: int = Field(default=50, ge=1)
     rtol: float = Field(default=3e-3, gt=0, lt=1)
     include: tuple[str, ...] = ("*",)

@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import poemerge
 from poemerge.checkpoints import ExpertSet, Loaded
 from poemerge.errors import NumericsError
 from poemerge.merging.settings import ELEMENTWISE, SOLVED, ParameterSettings
+from poemerge.numerics.length import length
 
 __all__ = [
     "Merged",
@@ -23,7 +24,9 @@ __all__ = [
     "merge_elementwise",
     "merge_matrices",
     "merge_trimmed",
+    "solve_as_merged",
     "ties_thresholds",
+    "with_length",
 ]
 
 _BLOCK_ENTRIES = 1 << 19
@@ -82,7 +85,7 @@ def merge_elementwise(
         return Merged(None, {**entry, "outcome": "unchanged", "seconds": time.perf_counter() - started})
     share = {"mean": 1 / experts, "average": 1 / count, "task_arithmetic": 1.0}[settings.method]
     # The sum's memory becomes the result's: the base may be the very tensor that was read.
-    merged = torch.add(base, total, alpha=settings.coefficient * share, out=total)
+    merged = torch.add(base, total, alpha=settings.multiple * share, out=total)
     return Merged(merged.to(dtype), {**entry, "seconds": time.perf_counter() - started})
 
 
@@ -140,7 +143,7 @@ def merge_trimmed(
         block = loaded.rows(slice(first, last))
         theta = baselines.ties(block.deltas(), thresholds=thresholds)
         changed = changed or bool(theta.any())
-        merged[first:last] = block.base.to(torch.float32).add(theta, alpha=settings.coefficient)
+        merged[first:last] = block.base.to(torch.float32).add(theta, alpha=settings.multiple)
     entry = {"outcome": "ties" if changed else "unchanged", "seconds": time.perf_counter() - started}
     return Merged(merged.reshape(shape) if changed else None, entry)
 
@@ -176,7 +179,8 @@ def merge_matrices(
     return [Merged(one.weight, {**one.entry, "seconds": seconds}) for one in results]
 
 
-def _solve(deltas: Any, settings: ParameterSettings) -> poemerge.Solution:
+def solve_as_merged(deltas: Any, settings: ParameterSettings) -> poemerge.Solution:
+    """`poemerge.solve` of one matrix, a batch of them, or adapters, as the settings say."""
     return poemerge.solve(
         deltas,
         expert=settings.family,
@@ -217,9 +221,10 @@ def _dense(
         )
         return Merged(weight, _joined([one.entry for one in slices], experts))
     if settings.method == "poe":
-        solution = _solve(deltas.mT if transposed else deltas, settings)
+        solution = solve_as_merged(deltas.mT if transposed else deltas, settings)
         theta = solution.dense()
-        entry = _entry(solution, experts)
+        settings = with_length(settings, deltas, base)
+        entry = _entry(solution, experts, settings)
     else:
         theta, entry = _baseline(deltas, settings, transposed, total_experts), {"outcome": settings.method}
     theta = theta.mT if transposed and settings.method in SOLVED else theta
@@ -239,13 +244,16 @@ def _batched(
     norms = torch.linalg.vector_norm(deltas.flatten(2), dim=2).cpu()
     for name, own, one_base in zip(names, norms, base, strict=True):
         _check_finite(name, experts, own, one_base)
-    solutions = _solve(deltas.mT if transposed else deltas, settings).unbind()
-    return [
-        _added(name, one_base, s.dense().mT if transposed else s.dense(), settings, dtype, _entry(s, experts))
-        if bool(own.any())
-        else Merged(None, {"outcome": "unchanged"})
-        for name, own, one_base, s in zip(names, norms, base, solutions, strict=True)
-    ]
+    solutions = solve_as_merged(deltas.mT if transposed else deltas, settings).unbind()
+    merged = []
+    for name, own, one_base, one, solution in zip(names, norms, base, deltas, solutions, strict=True):
+        if bool(own.any()):
+            settled = with_length(settings, one, one_base)
+            theta = solution.dense().mT if transposed else solution.dense()
+            merged.append(_added(name, one_base, theta, settled, dtype, _entry(solution, experts, settled)))
+        else:
+            merged.append(Merged(None, {"outcome": "unchanged"}))
+    return merged
 
 
 def _factored(
@@ -262,20 +270,34 @@ def _factored(
         if not bool(b.isfinite().all() & a.isfinite().all()):
             raise NotFiniteError(name, expert)
     # (B A)ᵀ = Aᵀ Bᵀ: the factors are of the stored layout, the solver wants [out, in].
-    solution = _solve([(a.mT, b.mT, s) if transposed else (b, a, s) for b, a, s in factors], settings)
+    solution = solve_as_merged([(a.mT, b.mT, s) if transposed else (b, a, s) for b, a, s in factors], settings)
     theta = solution.theta
+    settings = with_length(settings, factors, base)
+    entry = _entry(solution, experts, settings)
     if isinstance(theta, Tensor):
-        return _added(name, base, theta.mT if transposed else theta, settings, dtype, _entry(solution, experts))
+        return _added(name, base, theta.mT if transposed else theta, settings, dtype, entry)
     left, right = (theta.Q @ theta.X).to(torch.float32), theta.V.to(torch.float32)
     left, right = (right, left) if transposed else (left, right)
     # A block of rows at a time, float32 only while it is in the cache; the base was read for this and makes room.
     merged = base if base.dtype == dtype else torch.empty_like(base, dtype=dtype)
     step = max(1, _BLOCK_ENTRIES // base.shape[1])
     for rows in (slice(first, first + step) for first in range(0, len(base), step)):
-        block = torch.addmm(base[rows].to(torch.float32), left[rows], right.mT, alpha=settings.coefficient)
+        block = torch.addmm(base[rows].to(torch.float32), left[rows], right.mT, alpha=settings.multiple)
         _check_merged(name, base[rows], block)
         merged[rows] = block
-    return Merged(merged, _entry(solution, experts))
+    return Merged(merged, entry)
+
+
+def with_length(
+    settings: ParameterSettings, deltas: Tensor | list[tuple[Tensor, Tensor, float]], base: Tensor
+) -> ParameterSettings:
+    """The settings with a coefficient: where none is given, by the task vectors' length beside the base's weight.
+
+    `deltas` `[expert, out, in]`, or an adapter an expert, and `base` are of one matrix, both as they are stored.
+    """
+    if settings.coefficient is not None:
+        return settings
+    return replace(settings, coefficient=length(deltas, base))
 
 
 def _baseline(deltas: Tensor, settings: ParameterSettings, transposed: bool, total_experts: int) -> Tensor:
@@ -295,7 +317,7 @@ def _baseline(deltas: Tensor, settings: ParameterSettings, transposed: bool, tot
 def _added(
     name: str, base: Tensor, theta: Tensor, settings: ParameterSettings, dtype: torch.dtype, entry: dict[str, Any]
 ) -> Merged:
-    merged = base.to(torch.float32).add(theta.to(torch.float32), alpha=settings.coefficient)
+    merged = base.to(torch.float32).add(theta.to(torch.float32), alpha=settings.multiple)
     _check_merged(name, base, merged)
     return Merged(merged.to(dtype), entry)
 
@@ -322,11 +344,12 @@ def _check_finite(name: str, experts: Sequence[str], norms: Tensor, base: Tensor
     )
 
 
-def _entry(solution: poemerge.Solution, experts: Sequence[str]) -> dict[str, Any]:
+def _entry(solution: poemerge.Solution, experts: Sequence[str], settings: ParameterSettings) -> dict[str, Any]:
     weights = solution.weights.double().reshape(-1, len(experts)).mean(0)
     total = float(weights.sum())
     return {
         "weights": {e: float(w) / total if total > 0 else 0.0 for e, w in zip(experts, weights, strict=True)},
+        "coefficient": settings.multiple,
         "steps": solution.steps,
         "energy_first": float(solution.energy[0]),
         "energy_last": float(solution.energy[-1]),

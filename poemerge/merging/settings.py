@@ -81,10 +81,18 @@ class ParameterSettings:
     scale_factor: float
     prior: Literal["relative", "absolute"]
     prior_precision: float
-    coefficient: float
+    coefficient: float | None
+    """None: of method poe, by the length of the task vectors (poemerge.numerics.length)."""
     max_steps: int
     rtol: float
     seed: int
+
+    @property
+    def multiple(self) -> float:
+        """The coefficient, once it is settled."""
+        if self.coefficient is None:
+            raise ValueError("this coefficient waits for the task vectors' length: see compute.with_length")
+        return self.coefficient
 
 
 def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) -> ParameterSettings:
@@ -93,7 +101,6 @@ def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) ->
     A method for matrices becomes `average` on what is no matrix, unless an override names a method for it.
     """
     choice = selection.of(name)
-    explicit = "coefficient" in params.model_fields_set
     settings = ParameterSettings(
         method=params.method,
         family=choice.family,
@@ -104,7 +111,7 @@ def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) ->
         scale_factor=params.scale_factor,
         prior=params.prior,
         prior_precision=params.prior_precision,
-        coefficient=params.coefficient if explicit else DEFAULT_COEFFICIENT.get(params.method, params.coefficient),
+        coefficient=_own_coefficient(params.method) if params.coefficient is None else params.coefficient,
         max_steps=params.max_steps,
         rtol=params.rtol,
         seed=params.seed,
@@ -117,6 +124,11 @@ def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) ->
             if given.get("family", "student_t") != "student_t":
                 given["tail_index"] = None
             if "method" in given and "coefficient" not in given:
-                given["coefficient"] = DEFAULT_COEFFICIENT.get(given["method"], params.coefficient)
+                given["coefficient"] = _own_coefficient(given["method"])
             settings = replace(settings, **given)
     return settings
+
+
+def _own_coefficient(method: str) -> float | None:
+    """What a method's Θ is multiplied with when nobody says; None for poe, where the task vectors' length decides."""
+    return None if method == "poe" else DEFAULT_COEFFICIENT.get(method, 1.0)

@@ -43,7 +43,7 @@ def solve(
     prior: Prior = "relative",
     prior_precision: float = 1e-3,
     side: Side = "output",
-    pooling: float = 0.3,
+    pooling: float = 0.5,
     init: Literal["gaussian", "mean"] | Float[Tensor, "*batch out in"] = "gaussian",
     max_steps: int = 50,
     rtol: float = 1e-6,
@@ -159,7 +159,7 @@ class _Settings:
         need(positive, "scale_factor", self.scale_factor, "a finite number above 0", "give one, 0.1 say")
         bounded = 0 <= self.prior_precision < math.inf
         need(bounded, "prior_precision", self.prior_precision, "a finite number, 0 or more", "give one, 1e-3 say")
-        need(0 <= self.pooling <= 1, "pooling", self.pooling, "a number from 0 to 1", "give one, 0.3 say")
+        need(0 <= self.pooling <= 1, "pooling", self.pooling, "a number from 0 to 1", "give one, 0.5 say")
         need(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more", "raise it")
         need(0 < self.rtol < 1, "rtol", self.rtol, "a number between 0 and 1", "give one, 1e-6 say")
         if problems:

@@ -48,7 +48,7 @@ def current(params: Params, selection: Selection) -> dict[str, Any]:
         if selection.model.family != "gaussian":
             point["scale_factor"] = merge.scale_factor
         point["prior_precision"] = merge.prior_precision
-    if merge.method != "mean" and (merge.method == "poe" or "coefficient" in merge.model_fields_set):
+    if merge.method != "mean" and merge.coefficient is not None:
         point["coefficient"] = merge.coefficient
     return point
 

@@ -1,0 +1,82 @@
+"""How long the merged delta should be: the part of Θ that is added to the base."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["length"]
+
+STRENGTH = 30.0
+"""φ per squared relative size of the task vectors; chosen on validation splits, see docs/method.md."""
+
+_POWER_STEPS = 24
+
+
+def length(
+    deltas: Float[Tensor, "expert out in"] | Sequence[tuple[Tensor, Tensor, float]],
+    base: Float[Tensor, "out in"],
+    *,
+    strength: float = STRENGTH,
+) -> float:
+    """c = (1 + φ)/(1 + Nφ), with N = n²/‖Σ Â_i‖²_F experts in effect and φ = strength · mean_i ‖A_i‖₂²/‖W‖₂².
+
+    The mode of a product of experts keeps each task vector whole in the directions of its own expert and lets all the
+    others pass beside it. That cross-talk is no matter while task vectors are small beside the base's weight W, and
+    ruins the merge when they are long. Let every expert mind the directions that it did not move φ times as much as
+    those that it did: for n task vectors orthogonal to each other the best multiple of Θ is then c, between 1 (short
+    task vectors, one expert, or experts that agree) and 1/N, the plain mean.
+
+    Arguments: `deltas` as `poemerge.solve` takes them for one matrix, a delta of zeros counts as absent; `base` is W.
+    Returns c in (0, 1]; 1 where all deltas are zero. Spectral norms by power iteration, in the deltas' own dtype.
+    """
+    if isinstance(deltas, Tensor):
+        stack = deltas
+        sizes = torch.linalg.vector_norm(stack, dim=(-2, -1)).double()
+        present = sizes > 0
+        if not bool(present.any()):
+            return 1.0
+        unit_sum = torch.einsum("eoi,e->oi", stack, torch.where(present, 1 / sizes, 0.0).to(stack.dtype))
+        agreement = float(torch.linalg.vector_norm(unit_sum).double().square())
+        spectral_sq = _spectral_sq(lambda v: stack @ v, lambda u: stack.mT @ u, stack, len(stack))
+    else:
+        factors = [(scaling * b.double(), a.double()) for b, a, scaling in deltas]
+        grams = [(b.mT @ b, a @ a.mT) for b, a in factors]
+        sizes = torch.stack([(left * right.mT).sum().clamp_min(0).sqrt() for left, right in grams])
+        present = sizes > 0
+        if not bool(present.any()):
+            return 1.0
+        shares = torch.where(present, 1 / sizes, 0.0)
+        stacked = torch.cat([share * b for share, (b, _) in zip(shares, factors, strict=True)], -1)
+        rows = torch.cat([a for _, a in factors])
+        agreement = float(((stacked.mT @ stacked) * (rows @ rows.mT)).sum().clamp_min(0))
+        # The eigenvalues of (BᵀB)(AAᵀ) are the squared singular values of BA.
+        spectral_sq = torch.stack(
+            [torch.linalg.eigvals(left @ right).real.amax().clamp_min(0) for left, right in grams]
+        )
+    count = int(present.sum())
+    effective = min(float(count), count**2 / agreement) if agreement > 0 else float(count)
+    weight = base.to(torch.float32)
+    base_sq = float(_spectral_sq(lambda v: weight @ v, lambda u: weight.mT @ u, weight.unsqueeze(0), 1))
+    mean_sq = float(spectral_sq.sum()) / count
+    if base_sq == 0:
+        return 1 / effective
+    phi = strength * mean_sq / base_sq
+    return min(1.0, (1 + phi) / (1 + effective * phi))
+
+
+def _spectral_sq(
+    forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor], like: Tensor, count: int
+) -> Float[Tensor, " count"]:
+    """Squared spectral norms by power iteration from a fixed start, float64; a lower bound that is near enough here."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(like.shape[-1], 1, generator=generator, dtype=torch.float64)
+    vector = start.to(like).expand(count, -1, -1)
+    value = torch.zeros(count, dtype=torch.float64, device=like.device)
+    for _ in range(_POWER_STEPS):
+        vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny)
+        image = forward(vector)
+        value = image.double().square().sum((-2, -1))
+        vector = backward(image)
+    return value
