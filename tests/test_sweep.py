@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from poemerge.merging import FamilyChoice, Selection, merge
 from poemerge.params import Params, load_params
 from poemerge.project import Project
 from poemerge.report.surface import write_surface
-from poemerge.search.space import current, settings_of
+from poemerge.search.space import current, settings_of, suggest
 from poemerge.search.sweep import SweepSettings, sweep
 from poemerge.search.write_back import write_back
 from tests.tiny import make_base, make_full_expert, make_suite
@@ -94,7 +95,6 @@ def test_search_is_seeded_keeps_scores_and_never_ends_below_params(project: Proj
     assert [trial.number for trial in told] == list(range(5))
     assert found.trials[0].point == {
         "method": "poe", "family": "cauchy", "side": "output", "scale_factor": 0.1, "prior_precision": 0.01,
-        "coefficient": 1.0,
     }  # fmt: skip
     assert found.best.score == max(trial.score for trial in found.trials) >= found.current.score
     assert len({json.dumps(dict(trial.point), sort_keys=True) for trial in found.trials}) == 5
@@ -143,8 +143,8 @@ def test_budget_stops_between_trials(project: Project) -> None:
 def test_winner_is_written_and_everything_else_stays(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(TEXT)
-    point = {"method": "poe", "family": "student_t", "side": "both", "scale_factor": 0.314, "prior_precision": 0.00012,
-             "coefficient": 0.9}  # fmt: skip
+    point = {"method": "poe", "family": "student_t", "side": "both", "pooling": 0.25, "scale_factor": 0.314,
+             "prior_precision": 0.00012, "coefficient": 0.9}  # fmt: skip
     write_back(path, point, 3.25)
     params = load_params(path)
     assert (params.merge.side, params.merge.scale_factor, params.merge.coefficient) == ("both", 0.314, 0.9)
@@ -154,6 +154,7 @@ def test_winner_is_written_and_everything_else_stays(tmp_path: Path) -> None:
     for kept in ("# A team's own words.", "one: {source: e}   # the first", "# one side is enough here", "device: cpu"):
         assert kept in text
     again = settings_of(point, params, 3.25)
+    assert again[0] == params.merge
     assert current(params, again[1]) == point, "what was scored is what params.yaml says now"
     write_back(path, {"method": "mean"}, None)
     assert load_params(path).merge.method == "mean"
@@ -168,12 +169,58 @@ def test_file_that_would_be_wrong_is_not_written(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["params.yaml"]
 
 
-def test_another_methods_coefficient_is_not_taken_over() -> None:
+@pytest.mark.parametrize(
+    ("before", "comments"),
+    [
+        (
+            "merge:\n  side: both # two\n  coefficient: 0.9 # long\n\n  # strong\n  prior_precision: 1.0e-2\n",
+            ["# two", "# strong"],
+        ),
+        ("merge:\n  coefficient: 0.9\n# then\n", ["# then"]),
+        ("merge: {coefficient: 0.9, side: both} # all\n", ["# all"]),
+    ],
+)
+def test_coefficient_that_the_winner_lacks_is_removed(tmp_path: Path, before: str, comments: list[str]) -> None:
+    """The line goes, and nothing else: the next key's comment stays."""
+    path = tmp_path / "params.yaml"
+    head, rest = "base: {source: b}\nexperts: {one: {source: e}}\n", "register: {model: m}\n"
+    path.write_text(head + before + rest)
+    assert load_params(path).merge.coefficient == 0.9
+    point = {"method": "poe", "family": "gaussian", "side": "both", "pooling": 1.0, "prior_precision": 0.5}
+    write_back(path, point, None)
+    params = load_params(path)
+    assert params.merge.coefficient is None
+    assert (params.merge.side, params.merge.pooling, params.merge.prior_precision) == ("both", 1.0, 0.5)
+    text = path.read_text()
+    assert "coefficient" not in text
+    assert re.findall("#.*", text) == comments
+    assert settings_of(point, params, None)[0] == params.merge
+
+
+def test_coefficient_is_the_points_own_or_none() -> None:
     raw = yaml.safe_load(TEXT)
     raw["merge"]["coefficient"] = 0.3
     params = Params.model_validate(raw)
-    assert "coefficient" not in settings_of({"method": "ties"}, params, None)[0].model_fields_set
-    assert settings_of({"method": "poe", "family": "gaussian"}, params, None)[0].coefficient == 0.3
+    for point in ({"method": "ties"}, {"method": "poe", "family": "gaussian"}):
+        assert settings_of(point, params, None)[0].coefficient is None
+        assert settings_of({**point, "coefficient": 0.7}, params, None)[0].coefficient == 0.7
+    assert current(params, Selection())["coefficient"] == 0.3
+
+
+def test_space_has_the_automatic_length_and_pooling_where_they_belong() -> None:
+    """Every branch is proposed, each with its own settings and no other's."""
+    import optuna
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    points = [suggest(study.ask(), ("poe", "mean", "ties")) for _ in range(200)]
+    for point in points:
+        poe = point["method"] == "poe"
+        assert ("pooling" in point) == (poe and point["side"] == "both")
+        assert ("scale_factor" in point) == (poe and point["family"] != "gaussian")
+        assert poe or ("coefficient" in point) == (point["method"] == "ties")
+        assert settings_of(point, Params.model_validate(yaml.safe_load(TEXT)), None)
+    for both in (True, False):
+        assert any(("coefficient" in point) == both for point in points if point["method"] == "poe")
 
 
 @pytest.mark.server

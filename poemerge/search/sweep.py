@@ -101,9 +101,7 @@ def sweep(
     def run(point: Point, note: str = "") -> Trial:
         began = time.monotonic()
         name = f"trial {len(trials)}"
-        merge, chosen = settings_of(point, params, tail_index)
-        if note:
-            chosen = selection
+        merge, chosen = (params.merge, selection) if note else settings_of(point, params, tail_index)
         try:
             own = {suite: row[name] for suite, row in score([field_.merging(name, merge, chosen)]).items()}
         except PoemergeError as error:
