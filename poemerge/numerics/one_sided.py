@@ -61,11 +61,21 @@ class OneSided:
     # r is in the units of the deltas to this power.
     residual_degree = 2
 
-    def __init__(self, deltas: Float[Tensor, "batch expert out in"], mean_over: int) -> None:
-        """`mean_over`: how many diagonal entries mean diag H averages over (the full `out` for a factored solve)."""
+    def __init__(
+        self,
+        deltas: Float[Tensor, "batch expert out in"],
+        mean_over: int,
+        factors: tuple[Float[Tensor, "batch expert out r"], Float[Tensor, "batch expert in r"]] | None = None,
+    ) -> None:
+        """`mean_over`: how many diagonal entries mean diag H averages over (the full `out` for a factored solve).
+
+        `factors`: (P_i, Q_i) with A_i = P_iQ_iᵀ, where their rank is far below the deltas' sides.
+        """
         self.deltas = deltas
         self.mean_over = mean_over
-        self.grams = gram(deltas)
+        # G_i = half_i P_iᵀ
+        self.thin = None if factors is None else (factors[0] @ (factors[1].mT @ factors[1]), factors[0])
+        self.grams = gram(deltas) if self.thin is None else self.thin[0] @ self.thin[1].mT
         self.trace = self.grams.diagonal(dim1=-2, dim2=-1).double().sum(-1)
         self.start_residual_sq = norm_sq(self.grams)
         self._refer(deltas.mean(1))
@@ -73,7 +83,10 @@ class OneSided:
     def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
         difference = reference.unsqueeze(1) - self.deltas
         self.reference = reference
-        if 2 * self.deltas.shape[-1] < self.deltas.shape[-2]:
+        if self.thin is not None:
+            self.slopes = self.thin[0] @ (self.thin[1].mT @ difference)
+            self.reference_residual_sq = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
+        elif 2 * self.deltas.shape[-1] < self.deltas.shape[-2]:
             residual = self.deltas.mT @ difference
             self.slopes = self.deltas @ residual
             self.reference_residual_sq = norm_sq(residual)

@@ -29,6 +29,8 @@ Adapter = tuple[Tensor, Tensor, float | int]
 _LEAST_FITTED = 1e-6
 # Directions of the adapters' joint span whose squared length is below this part of the largest are rounding.
 _RANK_PRECISION = 1e-12
+# A Cholesky factor of unit columns with a smaller pivot than this has lost too many digits to be a basis.
+_LEAST_PIVOT = 1e-4
 # From this rtol on the small problem of float32 adapters runs in float32, else in float64.
 _FLOAT32_RTOL = 1e-3
 
@@ -290,9 +292,7 @@ def _solve_factored(adapters: Sequence[Adapter], settings: _Settings) -> Solutio
     scales = _expert_scales(settings.scale, batch, len(adapters), factors[0][0].device)
     left, lefts = _span([b for b, _ in factors])
     right, rights = _span([a.mT for _, a in factors])
-    thin = None
-    if settings.side == "both" and 3 * lefts.shape[-1] <= min(lefts.shape[-2], rights.shape[-2]):
-        thin = (lefts, rights)
+    thin = (lefts, rights) if 3 * lefts.shape[-1] <= min(lefts.shape[-2], rights.shape[-2]) else None
     cores = lefts @ rights.mT
     if dtype == torch.float32 and settings.rtol >= _FLOAT32_RTOL:
         cores, thin = cores.float(), None if thin is None else (lefts.float(), rights.float())
@@ -313,7 +313,7 @@ def _span(
 ) -> tuple[Float[Tensor, "flat side k"], Float[Tensor, "flat expert k r"]]:
     """An orthonormal basis Q of the joint column space, and F_i with Q·F_i the factors, padded to the largest rank.
 
-    From the eigenvectors of the stack's Gram matrix in float64, which costs less than a QR factorisation.
+    From the stack's Gram matrix in float64, which costs less than a QR factorisation.
     """
     tiny = torch.finfo(torch.float64).tiny
     largest = max(factor.shape[-1] for factor in factors)
@@ -322,13 +322,21 @@ def _span(
     # Columns of unit length first: factors of very different size keep their digits.
     size = torch.linalg.vector_norm(stack, dim=-2, keepdim=True)
     stack = stack / size.clamp_min(tiny)
-    values, vectors = torch.linalg.eigh(stack.mT @ stack)
-    least = _RANK_PRECISION * values[:, -1:].clamp_min(tiny)
-    kept = max(1, min(stack.shape[-2], int((values > least).sum(-1).max())))
-    roots = values[:, None, -kept:].clamp_min(least.unsqueeze(1)).sqrt()
-    vectors = vectors[..., -kept:]
-    inside = (roots * vectors).mT * size
-    return stack @ (vectors / roots), inside.unflatten(-1, (len(factors), largest)).transpose(1, 2)
+    products = stack.mT @ stack
+    factor, info = torch.linalg.cholesky_ex(products)
+    least_pivot = factor.diagonal(dim1=-2, dim2=-1).amin()
+    if stack.shape[-1] <= stack.shape[-2] and not bool(info.any()) and float(least_pivot) > _LEAST_PIVOT:
+        basis = torch.linalg.solve_triangular(factor.mT, stack, upper=True, left=False)
+        inside = factor.mT * size
+    else:
+        # Factors that share directions: those that are rounding are left out.
+        values, vectors = torch.linalg.eigh(products)
+        least = _RANK_PRECISION * values[:, -1:].clamp_min(tiny)
+        kept = max(1, min(stack.shape[-2], int((values > least).sum(-1).max())))
+        roots = values[:, None, -kept:].clamp_min(least.unsqueeze(1)).sqrt()
+        vectors = vectors[..., -kept:]
+        basis, inside = stack @ (vectors / roots), (roots * vectors).mT * size
+    return basis, inside.unflatten(-1, (len(factors), largest)).transpose(1, 2)
 
 
 def _lift(member: Solution, left: Tensor, right: Tensor) -> Solution:
@@ -383,12 +391,13 @@ def _solve_once(
         deltas = deltas.mT.contiguous()
     rows, columns = size if settings.side != "input" else size[::-1]
     problem: OneSided | TwoSided
+    if factors is not None:
+        factors = (factors[0] * (1 / unit).to(given.dtype)[:, None, None, None], factors[1])
+        factors = factors[::-1] if settings.side == "input" else factors
     if settings.side == "both":
-        if factors is not None:
-            factors = (factors[0] * (1 / unit).to(given.dtype)[:, None, None, None], factors[1])
         problem = TwoSided(deltas, rows * columns, settings.pooling, factors)
     else:
-        problem = OneSided(deltas, rows)
+        problem = OneSided(deltas, rows, factors)
     degree = problem.residual_degree
     # Also absent is an expert so much smaller than the others that its Gram matrix underflows.
     present = (problem.trace > 0) & (problem.start_residual_sq > 0)
