@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["OneSided", "dot", "gram", "inner", "norm_sq"]
+__all__ = ["OneSided", "Referenced", "dot", "gram", "inner", "norm_sq", "without_size"]
 
 # Up to this many rows the factorisation runs in float64 whatever the deltas are in: it is a few percent of a step.
 _FLOAT64_ROWS = 1024
@@ -47,7 +47,33 @@ def gram(matrices: Float[Tensor, "*many i j"]) -> Float[Tensor, "*many i i"]:
     return product
 
 
-class OneSided:
+def without_size(weights: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and prior over the largest of them: their common size cancels in Θ(w), and cannot overflow float32 so."""
+    size = torch.maximum(weights.amax(-1), prior).clamp_min(torch.finfo(torch.float64).tiny)
+    return weights / size.unsqueeze(-1), prior / size
+
+
+class Referenced:
+    """Energies kept about a reference C, so that what cancels is of the size of the residuals there."""
+
+    reference: Tensor
+    reference_residual_sq: Tensor
+
+    def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
+        raise NotImplementedError
+
+    def recentre(
+        self, theta: Float[Tensor, "batch out in"], residual_sq: Float[Tensor, "batch expert"]
+    ) -> Float[Tensor, "batch expert"]:
+        """r_i²(Θ), recomputed about Θ where it is so small beside r_i² at the reference that rounding would show."""
+        floor = torch.finfo(theta.dtype).eps ** 0.5 * self.reference_residual_sq
+        if bool((residual_sq < floor).any()):
+            self._refer(theta)
+            return self.reference_residual_sq
+        return residual_sq
+
+
+class OneSided(Referenced):
     """H(w)Θ = Σ w_i G_i A_i on the output side, for a batch of equal shapes (transpose the deltas for the input side).
 
     Everything is kept about a reference C: with S_i = G_i(C − A_i) and Δ = Θ − C,
@@ -94,16 +120,6 @@ class OneSided:
             self.slopes = self.grams @ difference
             self.reference_residual_sq = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
 
-    def recentre(
-        self, theta: Float[Tensor, "batch out in"], residual_sq: Float[Tensor, "batch expert"]
-    ) -> Float[Tensor, "batch expert"]:
-        """r_i²(Θ), recomputed about Θ where it is so small beside r_i² at the reference that rounding would show."""
-        floor = torch.finfo(theta.dtype).eps ** 0.5 * self.reference_residual_sq
-        if bool((residual_sq < floor).any()):
-            self._refer(theta)
-            return self.reference_residual_sq
-        return residual_sq
-
     def mean_diagonal(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, " batch"]:
         """Mean diagonal entry of Σ w_i G_i."""
         return (weights * self.trace).sum(-1) / self.mean_over
@@ -127,9 +143,7 @@ class OneSided:
         rtol: float,  # noqa: ARG002
     ) -> tuple[Float[Tensor, "batch out in"], Bool[Tensor, " batch"]]:
         """Θ(w) = H(w)⁻¹ Σ w_i G_i A_i by Cholesky, and where the factorisation succeeded."""
-        # The weights' common size cancels; taken out, it cannot overflow float32.
-        size = torch.maximum(weights.amax(-1), prior).clamp_min(torch.finfo(torch.float64).tiny)
-        weights, prior = weights / size.unsqueeze(-1), prior / size
+        weights, prior = without_size(weights, prior)
         matrix = self.normal_matrix(weights, prior)
         slopes = (weights.to(self.slopes.dtype).unsqueeze(1) @ self.slopes.flatten(2)).view_as(self.reference)
         right = slopes.to(matrix.dtype) + prior.to(matrix.dtype)[:, None, None] * self.reference.to(matrix.dtype)

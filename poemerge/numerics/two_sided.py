@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from poemerge.numerics.one_sided import dot, gram, inner, norm_sq
+from poemerge.numerics.one_sided import Referenced, dot, gram, inner, norm_sq, without_size
 
 __all__ = ["TwoSided"]
 
@@ -61,7 +61,7 @@ class _Thin:
         return operate
 
 
-class TwoSided:
+class TwoSided(Referenced):
     """Σ w_i L_i Θ R_i + λΘ = Σ w_i L_i A_i R_i, with L_i = Â_iÂ_iᵀ and R_i = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j.
 
     `pooling` y: each expert's input Gram is a noisy estimate of what its task's inputs look like in this layer, and
@@ -170,17 +170,7 @@ class TwoSided:
         difference = reference.unsqueeze(1) - self.deltas
         self.reference = reference
         self.slopes = self._each(difference)
-        self.reference_residual_sq: Tensor = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
-
-    def recentre(
-        self, theta: Float[Tensor, "batch out in"], residual_sq: Float[Tensor, "batch expert"]
-    ) -> Float[Tensor, "batch expert"]:
-        """r_i²(Θ), recomputed about Θ where it is so small beside r_i² at the reference that rounding would show."""
-        floor = torch.finfo(theta.dtype).eps ** 0.5 * self.reference_residual_sq
-        if bool((residual_sq < floor).any()):
-            self._refer(theta)
-            return self.reference_residual_sq
-        return residual_sq
+        self.reference_residual_sq = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
 
     def mean_diagonal(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, " batch"]:
         """Mean diagonal entry of Σ w_i L_i ⊗ R_i."""
@@ -198,8 +188,7 @@ class TwoSided:
 
         Each iteration lowers the majorising quadratic, so even a truncated solve never raises the energy.
         """
-        size = torch.maximum(weights.amax(-1), prior).clamp_min(torch.finfo(torch.float64).tiny)
-        weights, prior = weights / size.unsqueeze(-1), prior / size
+        weights, prior = without_size(weights, prior)
         dtype = self.reference.dtype
         slopes = (weights.to(dtype).unsqueeze(1) @ self.slopes.flatten(2)).view_as(self.reference)
         right = -slopes - prior.to(dtype)[:, None, None] * self.reference
