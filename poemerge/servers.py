@@ -108,6 +108,7 @@ def mlflow_server(project: Project, *, port: int | None = None, usual_port: int 
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
     ]
     env = {**os.environ, "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # seven processes that run jobs which nobody here submits
     url = f"http://127.0.0.1:{port}"
     with _server(project, "mlflow", arguments, env, lambda: answers(f"{url}/health")):
         yield url
