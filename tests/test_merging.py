@@ -24,6 +24,8 @@ from poemerge.cli.main import main
 from poemerge.errors import CheckpointError
 from poemerge.merging import FamilyChoice, Selection, merge, prepare
 from poemerge.merging.card import licence_clash
+from poemerge.merging.exchange import exchange
+from poemerge.merging.staging import Staging
 from poemerge.merging.stream import MemoryGate, stream
 from poemerge.params import MergeOverride, MergeParams
 from tests.tiny import make_base, make_full_expert, make_lora_expert
@@ -362,6 +364,81 @@ def test_killed_and_started_again(models: dict[str, Path], tmp_path: Path) -> No
     assert result.record["digest"] == whole.record["digest"]
     assert list(_ledger(tmp_path / "out")) == list(_ledger(tmp_path / "whole"))
     assert [path.name for path in tmp_path.glob(".out.*")] == [".out.lock.partial"]
+
+
+_KILLED_WHILE_PUBLISHING = """
+import os, signal, sys
+from pathlib import Path
+import poemerge.merging.staging as staging
+from poemerge.merging import merge
+from poemerge.params import MergeParams
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+rename = Path.rename
+if sys.argv[1] == "after the exchange":
+    exchange = staging.exchange
+    staging.exchange = lambda one, other: exchange(one, other) and die()
+elif sys.argv[1] == "before the old one is removed":
+    staging.shutil.rmtree = die
+else:  # a file system without exchange, killed between the two renames
+    staging.exchange = lambda one, other: False
+    Path.rename = lambda self, target: die() if Path(target).name == "out" else rename(self, target)
+merge(Path(sys.argv[2]), dict(a.split("=") for a in sys.argv[4:]), Path(sys.argv[3]), MergeParams(method="mean"))
+"""
+
+
+@pytest.mark.parametrize("moment", ["after the exchange", "before the old one is removed", "between two renames"])
+def test_killed_while_it_takes_the_place_of_an_earlier_merge(
+    models: dict[str, Path], tmp_path: Path, moment: str
+) -> None:
+    """The output is the old merge or the new one, whole; the same command ends in the new one and nothing else."""
+    experts = _experts(models, "one", "two")
+    old = merge(models["base"], experts, tmp_path / "out", MergeParams(method="task_arithmetic", max_shard_size="8KB"))
+    given = [f"{name}={path}" for name, path in experts.items()]
+    arguments = [moment, str(models["base"]), str(tmp_path / "out"), *given]
+    process = subprocess.run([sys.executable, "-c", _KILLED_WHILE_PUBLISHING, *arguments], cwd=ROOT)
+    assert process.returncode == -signal.SIGKILL
+    if moment != "between two renames":
+        assert json.loads((tmp_path / "out" / "merge.json").read_text())["method"] == "mean"
+    else:
+        assert not (tmp_path / "out").exists()
+        staging = Staging(tmp_path / "out", "0" * 16)
+        with staging.hold():  # any merge to that name brings the earlier one back before it begins
+            assert json.loads((tmp_path / "out" / "merge.json").read_text()) == old.record
+    new = merge(models["base"], experts, tmp_path / "out", MergeParams(method="mean"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock.partial", "out"]
+    assert new.record["digest"] == weights_digest(
+        {file.name: file_digest(file) for file in (tmp_path / "out").glob("*.safetensors")}
+    )
+    assert not list((tmp_path / "out").glob("*-of-*")), "no shards of the earlier merge"
+    fresh = merge(models["base"], experts, tmp_path / "fresh", MergeParams(method="mean"))
+    assert new.record["digest"] == fresh.record["digest"]
+
+
+def test_the_name_is_never_empty_while_merges_replace_each_other(models: dict[str, Path], tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "merge.json").write_text("{}")
+    if not exchange(one, other):
+        pytest.skip("this file system cannot exchange names")
+    missing, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            missing[0] += not (tmp_path / "one" / "merge.json").exists()
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for _ in range(2000):
+        assert exchange(one, other)
+    done.set()
+    watcher.join()
+    assert not missing[0]
+    with pytest.raises(OSError, match="No such file"):
+        exchange(one, tmp_path / "nothing")
 
 
 def test_a_damaged_shard_is_written_again(models: dict[str, Path], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from poemerge.checkpoints import ExpertSet, Shard, plan_shards
 from poemerge.checkpoints.safetensors_file import FLOATS
 from poemerge.errors import BadInputError, Problem
 from poemerge.merging.settings import ELEMENTWISE, ParameterSettings, Selection, resolve
-from poemerge.params import MergeParams, parse_bytes
+from poemerge.params import MergeParams, Side, parse_bytes
 
 __all__ = ["Action", "ParameterPlan", "Plan", "Unit", "make_plan"]
 
@@ -116,7 +116,7 @@ def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, dev
                 f"{limit:,} bytes",
                 f"at least {largest.memory:,} bytes, for one {'×'.join(map(str, one.shape))} matrix of "
                 f"{len(one.experts)} experts by {one.settings.method if one.settings else 'copying'}",
-                "raise it, or override the method for this parameter (mean and task_arithmetic go block by block)",
+                _advice(one),
                 tensor=one.name,
             )
         )
@@ -142,6 +142,17 @@ def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, dev
         largest_unit=largest.memory,
         flops=sum(_flops(experts, p) for p in parameters),
     )
+
+
+def _advice(p: ParameterPlan) -> str:
+    """What to do about a matrix that does not fit: a side that needs less, with its need, or a method in blocks."""
+    if p.settings is None or p.settings.method != "poe":
+        return "raise it, or override the method for this parameter (mean, task_arithmetic and ties go block by block)"
+    sides: tuple[Side, ...] = ("output", "input")
+    needs = {side: _memory(replace(p, settings=replace(p.settings, side=side))) for side in sides}
+    side = min(sides, key=lambda one: needs[one])
+    less = f"side {side}, which needs {needs[side]:,} bytes, " if needs[side] < _memory(p) else ""
+    return f"raise it, or override this parameter: {less}or method mean, task_arithmetic or ties, block by block"
 
 
 def _parameter(experts: ExpertSet, params: MergeParams, selection: Selection, name: str) -> ParameterPlan:
@@ -235,8 +246,8 @@ def _working_sets(p: ParameterPlan) -> float:
     rows, columns = (p.shape[-2:] if len(p.shape) > 1 else (1, p.entries))[:: -1 if p.transposed else 1]
     count = len(p.experts)
     if p.settings.side == "both":
-        return 9 + 24 / count + rows / columns + columns / rows
-    return 5 + 8 / count + 3 * (rows / columns if p.settings.side == "output" else columns / rows)
+        return 8 + 28 / count + (rows / columns + columns / rows) / 2
+    return 5.5 + 8 / count + 3 * (rows / columns if p.settings.side == "output" else columns / rows)
 
 
 def _bytes_read(experts: ExpertSet, p: ParameterPlan) -> int:

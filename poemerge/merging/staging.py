@@ -14,6 +14,7 @@ from typing import Any
 from poemerge.checkpoints import Shard, file_digest
 from poemerge.errors import BadInputError, PoemergeError, Problem
 from poemerge.filelock import exclusive
+from poemerge.merging.exchange import exchange
 
 __all__ = ["Staging", "check_output", "job_key"]
 
@@ -75,7 +76,22 @@ class Staging:
                 "  next:     choose another --out"
             ) from error
         with exclusive(self.folder.parent / f".{self.out.name}.lock.partial"):
+            self._mend()
             yield
+
+    def _mend(self) -> None:
+        """Finish what a publishing that was killed left half done."""
+        for replaced in self.folder.parent.glob(f".{self.out.name}.????????????????.replaced.partial"):
+            if self.out.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:  # killed between two renames: until the new merge comes, the earlier one is back
+                replaced.rename(self.out.absolute())
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads((self.folder / "merge.json").read_text(encoding="utf-8")).get("key") != self.key:
+                # An earlier merge that has traded places with ours, and was to be removed.
+                for folder in (self.folder, self.records):
+                    shutil.rmtree(folder)
+                    folder.mkdir()
 
     def finished(self, shard: Shard, check: bool = True) -> dict[str, Any] | None:
         """The record of `shard` when it is there whole, else None (what is left of it is removed).
@@ -107,15 +123,21 @@ class Staging:
         partial.replace(path)
 
     def publish(self) -> None:
-        """Give the finished folder the output's name; an earlier merge of that name goes, and so do stale stagings."""
+        """Give the finished folder the output's name; an earlier merge of that name goes, and so do stale stagings.
+
+        The two trade names in one step where the file system can; else the name is empty between two renames, and a run
+        killed just there is mended by the next one.
+        """
         for left in self.folder.rglob("*.partial"):  # of a worker that was lost and whose work was done again
             left.unlink()
-        replaced = self.folder.with_name(self.folder.name + ".replaced.partial")
-        if self.out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        replaced = self.folder.with_name(self.folder.name.removesuffix(".partial") + ".replaced.partial")
+        if not self.out.exists():
+            self.folder.rename(self.out.absolute())
+        elif exchange(self.folder, self.out.absolute()):
+            self.folder.rename(replaced)
+        else:
             self.out.rename(replaced)
-        self.folder.rename(self.out.absolute())
-        shutil.rmtree(replaced, ignore_errors=True)
-        for kind in ("", ".records"):
+            self.folder.rename(self.out.absolute())
+        for kind in ("", ".records", ".replaced"):
             for stale in self.folder.parent.glob(f".{self.out.name}.????????????????{kind}.partial"):
                 shutil.rmtree(stale, ignore_errors=True)

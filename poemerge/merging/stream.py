@@ -23,8 +23,10 @@ Result = TypeVar("Result")
 
 
 class MemoryGate:
-    """Admits work in order while what is admitted stays within `limit` bytes and `count` pieces; a piece larger than the
-    limit is admitted alone."""
+    """Admits work in order while what is admitted stays within `limit` bytes and `count` pieces.
+
+    A piece larger than the limit is admitted alone.
+    """
 
     def __init__(self, limit: int, count: int) -> None:
         self._limit = limit
@@ -72,9 +74,9 @@ def stream(
 ) -> None:
     """Carry every unit through read (one thread), compute (`workers` threads) and write (the caller's), in order.
 
-    At most `limit` bytes are under way by the units' own account, `memory(unit)`, and no more units than keep the workers
-    busy: a slow writer or solver holds the reader back.
-    The first exception of any step is raised here, after the threads have ended.
+    At most `limit` bytes are under way by the units' own account, `memory(unit)`, and no more units than keep the
+    workers busy: a slow writer or solver holds the reader back. The first exception of any step is raised here, after
+    the threads have ended.
     """
     gate = MemoryGate(limit, workers + _SPARE_UNITS)
     # A reader that has died must still be heard, so it hands its exception on in the queue's order.
