@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -12,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from poemerge.project import STAGES, Project
 
@@ -19,6 +22,8 @@ __all__ = ["StageDisplay"]
 
 MARKS = {"waiting": "[dim]·[/]", "at work": "[cyan]▶[/]", "failed": "[red]✗[/]"}
 DONE = "[green]✓[/]"
+ORIGIN = re.compile(r"^INFO [\w.]+: ")
+"""Where a stage's line comes from: for the log, not for a table that has the stage beside it."""
 
 
 class StageDisplay:
@@ -42,6 +47,8 @@ class StageDisplay:
     def __enter__(self) -> StageDisplay:
         self._listeners.append(self._hear)
         if self._console.is_terminal:
+            # DVC, asked in this process, draws bars of its own across the table; they follow its logger's level.
+            logging.getLogger("dvc").setLevel(logging.CRITICAL)
             self._live.start()
         return self
 
@@ -61,7 +68,7 @@ class StageDisplay:
             self._state[stage] = "at work"
             self._began[stage] = time.monotonic()
         elif event.kind == "line":
-            self._text[stage] = event.text
+            self._text[stage] = ORIGIN.sub("", event.text)
             if self._verbose:
                 self._console.print(f"[dim]{stage}: {escape(event.text)}[/]", soft_wrap=True)
         elif event.kind == "failed":
@@ -77,22 +84,19 @@ class StageDisplay:
                 self._console.print(escape(text), soft_wrap=True)
 
     def _table(self) -> Table:
-        table = Table(box=None, show_header=False, pad_edge=False)
+        table = Table(box=None, show_header=False, pad_edge=False, expand=True)
+        # Widths are fixed but for the last: rich would take from the narrow columns first.
         table.add_column(width=1)
-        table.add_column(no_wrap=True, min_width=max(map(len, STAGES)))
-        table.add_column(no_wrap=True, min_width=len("unchanged"))
-        table.add_column(no_wrap=True, min_width=len("999 of about 999 s"), justify="right")
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column(width=max(map(len, STAGES)))
+        table.add_column(width=len("unchanged"))
+        table.add_column(width=len("999 of about 999 s"), justify="right")
+        table.add_column(ratio=1)
         for stage in STAGES:
-            state = self._state[stage]
-            text = escape(self._text[stage])
-            table.add_row(
-                MARKS.get(state, DONE),
-                stage,
-                state,
-                self._time(stage),
-                f"[dim]{text}[/]" if state == "at work" else text,
-            )
+            state, text = self._state[stage], Text(self._text[stage])
+            if state == "at work":
+                # What it says now is one line; a key figure is shown whole.
+                text = Text(self._text[stage], style="dim", no_wrap=True, overflow="ellipsis")
+            table.add_row(MARKS.get(state, DONE), stage, state, self._time(stage), text)
         return table
 
     def _time(self, stage: str) -> str:
