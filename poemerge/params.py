@@ -40,6 +40,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,9
 BaselineName = Literal["mean", "task_arithmetic", "ties", "dare_ties", "tsv_m", "iso_c", "wudi", "karcher"]
 Method = Literal["poe", "mean", "task_arithmetic", "ties", "dare_ties", "tsv_m", "iso_c", "wudi", "karcher"]
 Family = Literal["gaussian", "student_t", "cauchy"]
+Preset = Literal["paper-vit", "paper-t5", "paper-lora"]
 Scale = Literal["common", "task-norm", "gram-norm", "fitted"]
 Side = Literal["output", "input", "both"]
 ByteCount = Annotated[int | str, Field(union_mode="left_to_right")]
@@ -142,6 +143,7 @@ class MergeParams(Section):
     """The merge: method, energy, prior, and how the work is carried out."""
 
     method: Method = "poe"
+    preset: Preset | None = None
     side: Side = "both"
     pooling: float = Field(default=0.5, ge=0, le=1)
     scale: Scale = "common"

@@ -27,6 +27,7 @@ from poemerge.merging.card import licence_clash
 from poemerge.merging.exchange import exchange
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import MemoryGate, stream
+from poemerge.numerics.presets import solver_settings
 from poemerge.params import MergeOverride, MergeParams
 from tests.tiny import make_base, make_full_expert, make_lora_expert
 
@@ -107,6 +108,25 @@ def test_poe_is_the_solver_matrix_by_matrix(models: dict[str, Path], tmp_path: P
         assert set(line["weights"]) == set(experts.touching(name))
         assert line["energy_last"] <= line["energy_first"]
     assert result.record["rules"]["merged"] == [name for name, line in ledger.items() if line["rule"] == "merged"]
+
+
+def test_a_preset_gives_the_papers_settings_and_what_is_given_beside_it_stays(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    experts = _experts(models, "one", "two")
+    merge(models["base"], experts, tmp_path / "m", MergeParams(preset="paper-vit", device="cpu"))
+    opened = ExpertSet.open(models["base"], experts)
+    settings = {**solver_settings("paper-vit"), "rtol": 1e-6}
+    weights, ledger = _weights(tmp_path / "m"), _ledger(tmp_path / "m")
+    theta = weights[QUERY] - opened.base.read(QUERY)
+    torch.testing.assert_close(theta, poemerge.solve(opened.deltas(QUERY), **settings).dense(), atol=2e-5, rtol=0)
+    assert (ledger[QUERY]["family"], ledger[QUERY]["coefficient"]) == ("cauchy", 1.0)
+
+    half = MergeParams(preset="paper-vit", coefficient=0.5, device="cpu")
+    merge(models["base"], experts, tmp_path / "half", half)
+    torch.testing.assert_close(
+        _weights(tmp_path / "half")[QUERY] - opened.base.read(QUERY), theta / 2, atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "tsv_m", "iso_c", "wudi", "karcher"])

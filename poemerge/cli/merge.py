@@ -29,7 +29,7 @@ Weights are safetensors; pickles are refused. Exit status: 0 done, 1 the work fa
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `poemerge merge`."""
-    from poemerge.params import Family, Method, Side
+    from poemerge.params import Family, Method, Preset, Side
 
     parser = subparsers.add_parser(
         "merge",
@@ -50,6 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--method", choices=get_args(Method), help="default: poe")
     parser.add_argument("--expert-family", choices=get_args(Family), help="of method poe; default: cauchy")
     parser.add_argument("--tail-index", type=float, help="degrees of freedom, for --expert-family student_t")
+    parser.add_argument("--preset", choices=get_args(Preset), help="the settings of the paper's released code")
     parser.add_argument("--side", choices=get_args(Side), help="side of the residual, for method poe")
     parser.add_argument("--pooling", type=float, help="0 to 1, for --side both: shrinks input Grams to their mean")
     parser.add_argument(

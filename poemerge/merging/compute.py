@@ -193,6 +193,7 @@ def solve_as_merged(deltas: Any, settings: ParameterSettings) -> poemerge.Soluti
         pooling=settings.pooling,
         max_steps=settings.max_steps,
         rtol=settings.rtol,
+        row_blocks=settings.row_blocks if isinstance(deltas, Tensor) else None,
     )
 
 
@@ -366,6 +367,7 @@ def _joined(entries: list[dict[str, Any]], experts: Sequence[str]) -> dict[str, 
     outcomes = [entry["outcome"] for entry in solved]
     return {
         "weights": {e: sum(entry["weights"][e] for entry in solved) / len(solved) for e in experts},
+        "coefficient": sum(entry["coefficient"] for entry in solved) / len(solved),
         "steps": sum(entry["steps"] for entry in solved),
         "energy_first": sum(entry["energy_first"] for entry in solved),
         "energy_last": sum(entry["energy_last"] for entry in solved),

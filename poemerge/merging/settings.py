@@ -12,6 +12,7 @@ from typing import Any, Literal
 from poemerge.checkpoints import Rule
 from poemerge.checkpoints.roles import role
 from poemerge.errors import BadInputError, Problem
+from poemerge.numerics.presets import PRESETS
 from poemerge.params import Family, MergeParams, Method, Scale, Side
 
 __all__ = ["ELEMENTWISE", "SOLVED", "FamilyChoice", "ParameterSettings", "Selection", "resolve"]
@@ -21,6 +22,9 @@ ELEMENTWISE: frozenset[str] = frozenset({"mean", "task_arithmetic", "average"})
 
 SOLVED: frozenset[str] = frozenset({"poe", "tsv_m", "iso_c", "wudi"})
 """Methods defined on matrices; what is no matrix is averaged beside them."""
+
+_PRECISE = 1e-6
+"""rtol where a setting of the paper is to be reproduced, not a good merge to be had soon."""
 
 DEFAULT_COEFFICIENT: Mapping[str, float] = {"task_arithmetic": 0.4}
 """Task arithmetic adds up all task vectors: 0.4 is its paper's single recommendation, https://arxiv.org/abs/2212.04089."""
@@ -86,6 +90,7 @@ class ParameterSettings:
     max_steps: int
     rtol: float
     seed: int
+    row_blocks: Literal["square"] | None = None
 
     @property
     def multiple(self) -> float:
@@ -116,6 +121,8 @@ def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) ->
         rtol=params.rtol,
         seed=params.seed,
     )
+    if params.preset is not None and settings.method == "poe":
+        settings = _released(settings, params, name)
     if rule != "matrix" and settings.method in SOLVED:
         settings = replace(settings, method="average", coefficient=1.0)
     for glob, override in params.overrides.items():
@@ -132,3 +139,14 @@ def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) ->
 def _own_coefficient(method: str) -> float | None:
     """What a method's Θ is multiplied with when nobody says; None for poe, where the task vectors' length decides."""
     return None if method == "poe" else DEFAULT_COEFFICIENT.get(method, 1.0)
+
+
+def _released(settings: ParameterSettings, params: MergeParams, name: str) -> ParameterSettings:
+    """The settings of the paper's released code under `params.preset`; what params.yaml gives itself, stays."""
+    preset = dict(PRESETS[params.preset or ""])
+    if any(fnmatchcase(name, glob) for glob in preset.pop("average")):
+        return replace(settings, method="average", coefficient=1.0)
+    preset["family"], preset["tail_index"] = preset.pop("expert"), None
+    preset.pop("init")
+    preset["rtol"] = _PRECISE
+    return replace(settings, **{key: value for key, value in preset.items() if key not in params.model_fields_set})
