@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     address, secret = _address(args.webhook), read_secret()
     _refuse_half_a_wish(args, configured, address, secret)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    # Each request of each look; a level would be set back by libraries that are imported later.
-    logging.getLogger("httpx").addFilter(lambda record: record.levelno >= logging.WARNING)
+    for client in ("httpx", "httpx2"):  # Prefect's and the hub's tell each request of each look
+        logging.getLogger(client).setLevel(logging.WARNING)
     project = Project.find()
     params = preflight(project)
     os.chdir(project.root)
