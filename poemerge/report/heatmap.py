@@ -44,7 +44,7 @@ def heatmap(
     """
     cell = 44 if text is not None else max(9, min(22, 760 // max(len(columns), 1)))
     height = 26
-    left = 12 + round(6.6 * max(map(len, rows), default=0))
+    left = 14 + round(7.6 * max(map(len, rows), default=0))  # wide enough for any sans-serif of 12 px
     slanted = groups is None
     top = 14 + (round(3.9 * max(map(len, columns), default=0)) + 12 if slanted else 18)
     starts, place = [], float(left)

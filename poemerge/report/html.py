@@ -68,10 +68,10 @@ def table(
 
 
 def figure(content: Safe, caption: object, *, wide: bool = False) -> Safe:
-    """A figure with its caption; a `wide` one scrolls on a narrow screen where others shrink."""
+    """A figure with its caption; a `wide` one scrolls where others shrink; on a phone all do."""
     kind = "scroll wide" if wide else "fit"
     below = f"<figcaption>{esc(caption)}</figcaption>"
-    return Safe(f'<figure><div class="{kind}"{" tabindex=0" if wide else ""}>{content}</div>{below}</figure>')
+    return Safe(f'<figure><div class="{kind}" tabindex=0>{content}</div>{below}</figure>')
 
 
 def subheading(text: object) -> Safe:

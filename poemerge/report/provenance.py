@@ -10,7 +10,7 @@ from typing import Any
 from poemerge.project import STAGES, Project
 from poemerge.provenance import code_of, file_sha256
 from poemerge.report.html import Safe, Section, details, esc, paragraph, subheading, table
-from poemerge.report.style import method_name
+from poemerge.report.style import family_name, method_name
 
 __all__ = ["cost_section", "gates_section", "lineage_section", "reproduce_section", "rules_section"]
 
@@ -43,8 +43,14 @@ def _selected(merge: Mapping[str, Any]) -> str:
     if selection:
         model = selection["model"]
         nu = f" with tail index {model['tail_index']:.2f}" if model.get("tail_index") is not None else ""
-        text += f" Experts: {model['family']}{nu}, side {settings.get('side')}, scale {settings.get('scale')}"
-        text += f" × {settings.get('scale_factor')}, prior {settings.get('prior')} {settings.get('prior_precision')}."
+        side = f"side {settings.get('side')}"
+        if settings.get("side") == "both" and settings.get("pooling") is not None:
+            side += f", pooling {settings['pooling']:g}"
+        coefficient = settings.get("coefficient")
+        length = "length automatic" if coefficient is None else f"coefficient {coefficient:g}"
+        text += f" Experts: {family_name(model['family'])}{nu}, {side}, scale {settings.get('scale')} × "
+        text += f"{settings.get('scale_factor')}, prior {settings.get('prior')} {settings.get('prior_precision')}, "
+        text += f"{length}."
     return text
 
 

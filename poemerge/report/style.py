@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["GREY", "OTHERS", "OURS", "figure", "method_name", "svg_of"]
+__all__ = ["GREY", "OTHERS", "OURS", "family_name", "figure", "method_name", "svg_of"]
 
 OURS = "#0072b2"
 """Ours is always this blue; Okabe and Ito's palette, https://jfly.uni-koeln.de/color/."""
@@ -34,6 +34,20 @@ _METHODS = {
 def method_name(method: str) -> str:
     """How people write the name of a method of params.yaml."""
     return _METHODS.get(method, method)
+
+
+_FAMILIES = {
+    "gaussian": "Gaussian",
+    "student_t": "Student-t",
+    "cauchy": "Cauchy",
+    "laplace": "Laplace",
+    "weibull": "Weibull",
+}
+
+
+def family_name(family: str) -> str:
+    """How people write the name of a family of expert.json and tail.json."""
+    return _FAMILIES.get(family, family)
 
 
 _SETTINGS: dict[str, Any] = {

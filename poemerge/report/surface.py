@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from poemerge.report.html import Safe, Section, document, esc, figure, paragraph, percent, points, table
-from poemerge.report.style import OTHERS, OURS, method_name, svg_of
+from poemerge.report.style import OTHERS, OURS, family_name, method_name, svg_of
 from poemerge.report.style import figure as new_figure
 
 __all__ = ["write_surface"]
 
 LOGARITHMIC = ("scale_factor", "prior_precision")
-NUMBERS = ("scale_factor", "prior_precision", "coefficient")
+NUMBERS = ("scale_factor", "prior_precision", "pooling", "coefficient")
+AUTOMATIC = 0.0
+"""Where the axis of the coefficient shows trials whose length is automatic; no coefficient of a sweep is that small."""
 MARKS = "os^Dv*P"
 
 Trial = Mapping[str, Any]
@@ -59,13 +61,28 @@ def write_surface(result: Mapping[str, Any], path: Path, model: str) -> Path:
 def _kind(point: Mapping[str, Any]) -> str:
     if point["method"] != "poe":
         return method_name(point["method"])
-    return f"{str(point['family']).replace('_', '-')}, {point['side']}"
+    return f"{family_name(point['family'])}, {point['side']}"
 
 
 def _words(point: Mapping[str, Any]) -> str:
-    return f"{_kind(point)}" + "".join(
-        f", {name.replace('_', ' ')} {point[name]:g}" for name in NUMBERS if name in point
+    return (
+        f"{_kind(point)}"
+        + "".join(f", {name.replace('_', ' ')} {point[name]:g}" for name in NUMBERS if name in point)
+        + (", automatic length" if _automatic(point) else "")
     )
+
+
+def _automatic(point: Mapping[str, Any]) -> bool:
+    """Whether the length of the merge is left to the task vectors'."""
+    return point["method"] == "poe" and "coefficient" not in point
+
+
+def _place(point: Mapping[str, Any], name: str) -> float | None:
+    """Where the axis of the setting `name` has the point, if anywhere."""
+    if name == "coefficient" and _automatic(point):
+        return AUTOMATIC
+    value = point.get(name)
+    return None if value is None else float(value)
 
 
 def _looks(trials: Sequence[Trial]) -> dict[str, tuple[str, str]]:
@@ -75,21 +92,26 @@ def _looks(trials: Sequence[Trial]) -> dict[str, tuple[str, str]]:
 
 
 def _slices(trials: Sequence[Trial]) -> Safe | None:
-    names = [name for name in NUMBERS if len({trial["point"].get(name) for trial in trials}) > 1]
+    names = [name for name in NUMBERS if len({_place(trial["point"], name) for trial in trials} - {None}) > 1]
     if not names:
         return None
     looks = _looks(trials)
-    with new_figure(8.6, 3.6, ncols=len(names), sharey=True, squeeze=False) as (drawn, axes):
-        for one, name in zip(axes[0], names, strict=True):
+    across = len(names) if len(names) < 4 else 2
+    down = -(-len(names) // across)
+    with new_figure(8.6, 3.0 * down + 0.6, nrows=down, ncols=across, sharey=True, squeeze=False) as (drawn, axes):
+        for one, name in zip(axes.flat, names, strict=False):
             for kind, (colour, mark) in looks.items():
-                own = [t for t in trials if _kind(t["point"]) == kind and name in t["point"]]
-                xs, ys = [t["point"][name] for t in own], [100 * t["score"] for t in own]
+                own = [t for t in trials if _kind(t["point"]) == kind and _place(t["point"], name) is not None]
+                xs, ys = [_place(t["point"], name) for t in own], [100 * t["score"] for t in own]
                 one.scatter(xs, ys, s=34, color=colour, marker=mark, label=kind, linewidths=0)
             if name in LOGARITHMIC:
                 one.set_xscale("log")
+            if name == "coefficient" and any(_automatic(trial["point"]) for trial in trials):
+                one.set_xticks([AUTOMATIC, 0.5, 1.0, 1.5], ["automatic", "0.5", "1", "1.5"])
             one.set_xlabel(name.replace("_", " "))
-        axes[0][0].set_ylabel("mean normalised score, %")
-        handles, labels = axes[0][-1].get_legend_handles_labels()
+        for row in axes:
+            row[0].set_ylabel("mean normalised score, %")
+        handles, labels = axes.flat[len(names) - 1].get_legend_handles_labels()
         drawn.legend(handles, labels, loc="outside upper center", ncols=min(len(looks), 4), fontsize=9)
     low, high = min(t["score"] for t in trials), max(t["score"] for t in trials)
     words = f"{len(trials)} trials between {percent(low)} and {percent(high)}, by {', '.join(names)}."
@@ -136,9 +158,18 @@ def _trials(trials: Sequence[Trial], best: Trial, now: Trial) -> Safe:
         mark = "best" if trial["number"] == best["number"] else ""
         if trial["number"] == now["number"]:
             mark = f"{mark}, params.yaml".removeprefix(", ")
-        cells = [f"{point[name]:g}" if isinstance(point.get(name), float) else point.get(name, "–") for name in names]
+        cells = [_shown(point, name) for name in names]
         score = (
             percent(trial["score"], 2) if trial["suites"] else Safe(f'<span class="bad">{esc(trial["note"])}</span>')
         )
         rows.append([trial["number"], *cells, score, f"{trial['seconds']:.0f} s", mark])
     return table(["trial", *(name.replace("_", " ") for name in names), "score", "time", ""], rows)
+
+
+def _shown(point: Mapping[str, Any], name: str) -> str:
+    value = point.get(name)
+    if value is None:
+        return "automatic" if name == "coefficient" and _automatic(point) else "–"
+    if name == "family":
+        return family_name(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from poemerge.report.html import Safe, Section, esc, figure, paragraph, table
+from poemerge.report.style import family_name
 
 __all__ = ["tails_section"]
 
@@ -16,7 +17,7 @@ def tails_section(tail: Mapping[str, Any], selected: Mapping[str, Any] | None, p
     """The tail fit of every layer group; `picture` is the figure that the tail stage drew."""
     body = []
     if selected is not None:
-        chosen = f"The merge uses the {selected['family']} expert"
+        chosen = f"The merge uses the {family_name(selected['family'])} expert"
         if selected.get("tail_index") is not None:
             chosen += f" with tail index {selected['tail_index']:.2f}"
         reason = selected.get("reason")
@@ -48,7 +49,7 @@ def _row(name: str, one: Mapping[str, Any]) -> list[object] | None:
     at = hill["chosen"]
     return [
         name,
-        best.replace("_", "-"),
+        family_name(best),
         f"{fit['fits']['student_t']['parameters']['tail_index']:.2f}",
         f"{hill['tail_index'][at]:.2f} ({hill['low'][at]:.2f} to {hill['high'][at]:.2f})",
         f"{fit['fits'][best]['ks']:.4f}",

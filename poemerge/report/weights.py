@@ -16,6 +16,8 @@ __all__ = ["weights_section"]
 
 WIDEST = 160
 """Columns of the grid; deeper models are shown block by block, their matrices averaged."""
+SPANS = (1.25, 2.0, 8.0)
+"""How many times an equal share the full colour may stand for: the least that holds every cell, or the last."""
 OUTVOTED = 0.25
 """An expert whose share is below this part of an equal share counts as outvoted in a matrix."""
 
@@ -63,8 +65,8 @@ def _grid(lines: Sequence[Line], experts: Sequence[str]) -> Safe:
             row: list[float | None] = []
             for wanted in columns:
                 inside = [_relative(line, expert) for line, own in zip(lines, blocks, strict=True) if own == wanted]
-                known = [value for value in inside if value is not None]
-                row.append(sum(known) / len(known) if known else None)
+                there = [value for value in inside if value is not None]
+                row.append(sum(there) / len(there) if there else None)
             values.append(row)
     numbers = [name if name == "outside" else f"block {name}" if i == 0 else name for i, name in enumerate(groups)]
     if len(lines) <= WIDEST:
@@ -82,6 +84,8 @@ def _grid(lines: Sequence[Line], experts: Sequence[str]) -> Safe:
         f"{len(experts)} experts by {len(columns)} columns in order of depth. The least say: {lowest[1]} in "
         f"{lowest[2]}, {lowest[0]:.2f} of an equal share."
     )
+    known = [value for row in values for value in row if value is not None]
+    span = next((one for one in SPANS if all(1 / one <= value <= one for value in known)), SPANS[-1])
     drawn = heatmap(
         "weights",
         "Share of the weights by expert and matrix",
@@ -89,15 +93,16 @@ def _grid(lines: Sequence[Line], experts: Sequence[str]) -> Safe:
         experts,
         columns,
         values,
-        colour=lambda value: math.log2(max(value, 1e-6)) / 3,
+        colour=lambda value: math.log(max(value, 1e-6)) / math.log(span),
         tip=lambda r, c, value: f"{experts[r]} in {columns[c]}: {value:.2f} × an equal share",
         groups=numbers,
     )
     caption = (
         "The weight of each expert in the product, matrix by matrix, in order of depth"
         + (" and within a block: " + ", ".join(_roles_of(lines)) if len(lines) <= WIDEST else ", averaged by block")
-        + ". Grey: an equal share; blue: up to eight times that; orange: down to an eighth, outvoted. Point at a "
-        "cell for its figure."
+        + f". Grey: an equal share; blue: up to {span:g} times that; orange: down to {1 / span:g} of it"
+        + (", outvoted" if span == SPANS[-1] else "")
+        + ". Point at a cell for its figure."
     )
     return figure(drawn, caption, wide=True)
 
@@ -153,19 +158,21 @@ def _energy(lines: Sequence[Line]) -> Safe:
     )
     with new_figure(8.6, 2.9) as (drawn, axes):
         for line in found:
-            first = line["energy_first"]
-            trace = line.get("energy") or [first, line["energy_last"]]
+            trace = line.get("energy") or [line["energy_first"], line["energy_last"]]
             places = range(len(trace)) if line.get("energy") else [0, line["steps"]]
-            axes.plot(list(places), [value / first for value in trace], color=OURS, linewidth=0.9, alpha=0.45)
-        axes.axhline(1.0, color=GREY, linewidth=0.8)
+            change = [100 * (value / trace[0] - 1) for value in trace]
+            axes.plot(list(places), change, color=OURS, linewidth=0.9, alpha=0.45)
+        axes.axhline(0.0, color=GREY, linewidth=0.8)
         axes.set_xlabel("step")
-        axes.set_ylabel("energy ÷ energy at the start")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylabel("energy, % from the start")
+        axes.ticklabel_format(axis="y", useOffset=False, style="plain")
     ratios = sorted(line["energy_last"] / line["energy_first"] for line in found)
     svg = svg_of(
         drawn,
         "energy",
         "Energy by step",
-        f"{len(found)} matrices; the energy at the end is {ratios[0]:.3f} to {ratios[-1]:.3f} of that at the start, "
-        f"median {ratios[len(ratios) // 2]:.3f}.",
+        f"{len(found)} matrices; the energy at the end is {ratios[0]:.4f} to {ratios[-1]:.4f} of that at the start, "
+        f"median {ratios[len(ratios) // 2]:.4f}.",
     )
     return Safe(told + figure(Safe(svg), "A line for each matrix; the start is the Gaussian solution."))
