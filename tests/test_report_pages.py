@@ -7,13 +7,14 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from pipeline import make_finished_project
+from pipeline import environment, make_finished_project
 
 from poemerge.project import STAGES, Project
 from poemerge.servers import mlflow_server, prefect_server
@@ -28,10 +29,8 @@ FLAGS = [
 ITS_OWN = ("google.com", "googleapis.com", "gvt1.com")
 """Hosts that Chromium itself asks for, whatever page is open; here they are not found."""
 
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
-]
+pytestmark = pytest.mark.server
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +55,7 @@ def asked(url: str, body: object) -> Any:
         return json.load(answer)
 
 
+@needs_chromium
 def test_report_of_a_run_shows_its_figures(project: Project, tmp_path: Path) -> None:
     page, hosts = browse(project.report_html.as_uri(), tmp_path)
     assert not hosts
@@ -70,6 +70,7 @@ def test_report_of_a_run_shows_its_figures(project: Project, tmp_path: Path) -> 
     assert re.search(r'<img [^>]*src="data:image/png;base64,[^"]{10000,}', page), "the residuals' tails"
 
 
+@needs_chromium
 def test_mlflows_pages_show_the_version_and_its_report(project: Project, tmp_path: Path) -> None:
     registration = json.loads(project.registration_json.read_text())
     client = MlflowClient(f"sqlite:///{project.mlflow_db}")
@@ -86,6 +87,7 @@ def test_mlflows_pages_show_the_version_and_its_report(project: Project, tmp_pat
         assert "champion" in page
 
 
+@needs_chromium
 def test_prefects_page_shows_the_run_and_its_stages(project: Project, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "artifact").mkdir()
@@ -102,3 +104,17 @@ def test_prefects_page_shows_the_run_and_its_stages(project: Project, tmp_path: 
         page, hosts = browse(f"{ui}/artifacts/artifact/{found[0]['id']}", tmp_path / "artifact")
         assert hosts == {"127.0.0.1"}
         assert re.search(r'<img [^>]*src="data:image/png;base64,[^"]{10000,}', page)
+
+
+def test_dvc_shows_the_figures_of_a_run_beside_those_of_another(project: Project, tmp_path: Path) -> None:
+    for command in (
+        ["git", "add", "dvc.lock"],
+        ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "The first run"],
+        [sys.executable, "-m", "dvc", "plots", "diff", "HEAD", "--out", str(tmp_path / "plots")],
+    ):
+        done = subprocess.run(command, cwd=project.root, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    shown = {path.name: path.read_bytes() for path in (tmp_path / "plots/static").iterdir()}
+    for figure in (project.residuals_png, project.scores / "normalised.png"):
+        name = "_".join(figure.relative_to(project.root).parts)
+        assert shown[f"HEAD_{name}"] == shown[f"workspace_{name}"] == figure.read_bytes()
