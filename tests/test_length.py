@@ -54,7 +54,7 @@ def test_adapters_have_the_length_of_their_dense_deltas() -> None:
         for rank in (2, 4, 4, 8)
     ]
     dense = torch.stack([scaling * b @ a for b, a, scaling in adapters])
-    assert length(adapters, base) == pytest.approx(length(dense, base), rel=0.02)  # power iteration ends early
+    assert length(adapters, base) == pytest.approx(length(dense, base), rel=1e-3)
 
 
 def test_nothing_to_add_and_nothing_to_add_it_to() -> None:
