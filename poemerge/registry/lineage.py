@@ -20,6 +20,7 @@ from poemerge.project import Project
 from poemerge.provenance import Origin, code_of, file_sha256, library_versions, origins
 from poemerge.registry.journal import Journal
 from poemerge.registry.removed import removed_versions
+from poemerge.registry.skipped import skipped_experts
 from poemerge.registry.versions import Version, list_versions
 
 __all__ = ["chain", "describe", "graph", "recall", "run_json", "weight_shares"]
@@ -69,19 +70,8 @@ def describe(project: Project, params: Params) -> dict[str, Any]:
         "weight_shares": {
             name: sum(shares) / len(shares) for name, shares in weight_shares(project.ledger).items() if shares
         },
-        "skipped": skipped(project),
+        "skipped": skipped_experts(project),
         "versions": library_versions(),
-    }
-
-
-def skipped(project: Project) -> dict[str, dict[str, Any]]:
-    """By expert that fetch skipped last (`fetch.on_bad_expert: skip`): the revision that it `keeps` (None: it is left
-    out) and the `reason`.
-    """
-    return {
-        row["name"]: {"keeps": row["revision"], "reason": row["reason"]}
-        for row in _json_or_empty(project.stage_report("fetch")).get("table", [])
-        if row.get("state") == "skipped"
     }
 
 

@@ -26,14 +26,15 @@ from poemerge.provenance import code_patch
 from poemerge.registry import lineage
 from poemerge.registry.evidence import log_evidence
 from poemerge.registry.journal import Journal
+from poemerge.registry.skipped import skipped_tags, tell_skipped
 from poemerge.registry.tracking import experiment_id
-from poemerge.registry.versions import CANDIDATE, SKIPPED, Version, find_version, list_versions, with_identity
+from poemerge.registry.versions import CANDIDATE, Version, find_version, list_versions, with_identity
 
 __all__ = ["record"]
 
 MODEL_CODE = Path(__file__).with_name("model.py")
 REQUIREMENTS = ("mlflow", "pandas", "torch", "transformers", "safetensors")
-LONGEST_PARAM, LONGEST_TAG, LONGEST_REASON = 5_900, 4_900, 1_000
+LONGEST_PARAM, LONGEST_TAG = 5_900, 4_900
 BATCH = 100  # MLflow's own limit of params and tags a call
 
 
@@ -68,7 +69,7 @@ def record(client: MlflowClient, project: Project, params: Params) -> tuple[Vers
         _log_scores(client, version.run_id, merge)
         for key, value in _score_tags(merge).items():
             client.set_model_version_tag(model, version.version, key, value)
-        _tell_skipped(client, version, merge.document["skipped"])
+        tell_skipped(client, version, merge.document["skipped"])
     client.set_registered_model_alias(model, CANDIDATE, version.version)
     return find_version(client, model, version.version), created
 
@@ -310,25 +311,7 @@ def _version_tags(document: Mapping[str, Any]) -> dict[str, str]:
         "poemerge.method": str(document["method"]),
         "poemerge.git.commit": str(document["git"]["commit"]),
         **{key: json.dumps(origin, ensure_ascii=False)[:LONGEST_TAG] for key, origin in origins.items()},
-        **_skipped_tags(document["skipped"]),
-    }
-
-
-def _tell_skipped(client: MlflowClient, version: Version, skipped: Mapping[str, Mapping[str, Any]]) -> None:
-    """Brings the tags of an earlier version up to date: with an expert skipped at its last good revision the merged
-    bytes are those of before."""
-    tags = _skipped_tags(skipped)
-    for key, value in tags.items():
-        client.set_model_version_tag(version.model, version.version, key, value)
-    for name in version.skipped:
-        if SKIPPED + name not in tags:
-            client.delete_model_version_tag(version.model, version.version, SKIPPED + name)
-
-
-def _skipped_tags(skipped: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    return {
-        SKIPPED + name: json.dumps({**facts, "reason": facts["reason"][:LONGEST_REASON]}, ensure_ascii=False)
-        for name, facts in skipped.items()
+        **skipped_tags(document["skipped"]),
     }
 
 
