@@ -22,13 +22,35 @@ _EMBEDDING = re.compile(
 _NORM = re.compile(r"(^|[._])(\w*norm\w*|ln\d*|ln_\w+)([._]|$)", re.IGNORECASE)
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
 
+_RENAMED_MODULES = tuple(
+    (re.compile(rf"(^|\.){new}(?=\.)"), rf"\1{old}")
+    for new, old in (
+        (r"layers\.(\d+)", r"encoder.layer.\2"),
+        (r"attention\.q_proj", "attention.attention.query"),
+        (r"attention\.k_proj", "attention.attention.key"),
+        (r"attention\.v_proj", "attention.attention.value"),
+        (r"attention\.o_proj", "attention.output.dense"),
+        (r"mlp\.fc1", "intermediate.dense"),
+        (r"mlp\.fc2", "output.dense"),
+    )
+)
+"""Vision transformers: an adapter has the names that modules have in transformers 5, a saved model those of before."""
+
 
 def match_names(ours: Collection[str], theirs: Sequence[str]) -> dict[str, str]:
     """Name in the base (`ours`) for each name in the expert (`theirs`) that has one.
 
     A task model keeps its backbone under a prefix (bert., model., vit.) that the bare base lacks, or the other way
     round: transformers' base_model_prefix. The prefix is the one that lets most names meet; none, when that is as good.
+    Names of modules are tried as the files call them where transformers has renamed the modules since.
     """
+    best = _match(ours, theirs)
+    in_files = {name: _name_in_files(name) for name in theirs}
+    found = _match(ours, list(in_files.values()))
+    return _better(best, {name: found[own] for name, own in in_files.items() if own in found}, ours)
+
+
+def _match(ours: Collection[str], theirs: Sequence[str]) -> dict[str, str]:
     best = {name: name for name in theirs if name in ours}
     for prefix in dict.fromkeys(_prefixes(theirs)):
         found = {name: name.removeprefix(prefix) for name in theirs if name.startswith(prefix)}
@@ -36,6 +58,12 @@ def match_names(ours: Collection[str], theirs: Sequence[str]) -> dict[str, str]:
     for prefix in dict.fromkeys(_prefixes(list(ours))):
         best = _better(best, {name: prefix + name for name in theirs}, ours)
     return best
+
+
+def _name_in_files(name: str) -> str:
+    for pattern, old in _RENAMED_MODULES:
+        name = pattern.sub(old, name)
+    return name
 
 
 def _prefixes(names: Sequence[str]) -> list[str]:
