@@ -11,12 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import poemerge
 from poemerge.checkpoints import folder_digest
 from poemerge.errors import ParamsError
 from poemerge.merging import FamilyChoice, Selection, merge
+from poemerge.numerics.reuse import reusing
+from poemerge.numerics.two_sided import TwoSided
 from poemerge.params import Params, load_params
 from poemerge.project import Project
 from poemerge.report.surface import write_surface
@@ -69,7 +73,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def _fit_head(project: Project, name: str) -> None:
     """The head that separates the classes best in the expert's own embedding: the classes' mean vectors."""
-    import torch
     from transformers import AutoModel, AutoTokenizer
 
     folder = project.expert(name)
@@ -113,6 +116,39 @@ def test_search_is_seeded_keeps_scores_and_never_ends_below_params(project: Proj
     assert page.count("<svg") >= 1
     for trial in found.trials:
         assert f'<th scope="row">{trial.number}</th>' in page
+
+
+def test_merges_of_a_sweep_share_their_gram_products(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once a matrix however many trials there are, and the merge is bit for bit what it is alone."""
+    made: list[bool] = []
+    products = TwoSided._products
+
+    def counted(self: TwoSided, *arguments: torch.Tensor) -> object:
+        made.append(True)
+        return products(self, *arguments)
+
+    monkeypatch.setattr(TwoSided, "_products", counted)
+    deltas = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    points = [{"pooling": 0.2, "expert": "gaussian"}, {"pooling": 0.9, "expert": "cauchy"}]
+    alone = [poemerge.solve(deltas, side="both", **point).theta for point in points]
+    assert len(made) == 4
+    for limit, expected in ((1 << 20, 2), (3_000, 3), (0, 4)):
+        made.clear()
+        with reusing(limit):
+            shared = [poemerge.solve(deltas, side="both", **point).theta for point in points]
+        assert len(made) == expected, "as many matrices are kept as the limit holds"
+        assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
+
+    made.clear()
+    raw = yaml.safe_load(TEXT)
+    raw["merge"]["side"] = "both"
+    params = Params.model_validate(raw)
+    sweep(project, params, SweepSettings(trials=1, max_examples=7))
+    once = len(made)
+    assert once > 0
+    made.clear()
+    sweep(project, params, SweepSettings(trials=6, max_examples=8))
+    assert len(made) == once
 
 
 def test_scores_are_those_of_the_validation_split(project: Project) -> None:

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from poemerge.numerics.one_sided import Referenced, dot, gram, inner, norm_sq, without_size
+from poemerge.numerics.reuse import kept
 
 __all__ = ["TwoSided"]
 
@@ -89,14 +90,13 @@ class TwoSided(Referenced):
         self.mean_over, self.pooling = mean_over, pooling
         norm = norm_sq(deltas).sqrt()[..., None, None]
         shrink = torch.where(norm > 0, 1 / norm, 0.0).to(deltas.dtype)
-        unit = deltas * shrink
-        self.left_basis = torch.linalg.eigh(gram(unit.transpose(1, 2).flatten(2)))[1]
-        summed, self.right_basis = torch.linalg.eigh(gram(unit.flatten(1, 2).mT))
+        # All that does not depend on the settings: a sweep makes it once.
+        self.left_basis, self.right_basis, summed, self.deltas, self.unit, left = kept(
+            deltas, lambda: self._products(deltas, shrink)
+        )
         # In this basis the pooled input Gram is diagonal.
         present = (norm > 0).sum(1).clamp_min(1).to(deltas.dtype)
         self.pooled = (summed.clamp_min(0) / present[..., 0]).unsqueeze(-2)
-        self.deltas = self.enter(deltas)
-        self.unit = self.enter(unit)
         self.left: Tensor | None = None
         self.right: Tensor | None = None
         self.thin: _Thin | None = None
@@ -107,13 +107,23 @@ class TwoSided(Referenced):
             )
         else:
             # A Gram is formed where multiplying by it costs less than multiplying by both of its factors.
-            self.left = gram(self.unit) if rows < _GOLDEN * columns else None
+            self.left = left
             self.right = self.input_grams() if columns < _GOLDEN * rows else None
         self.left_diagonal = self.unit.square().sum(-1)
         self.right_diagonal = (1 - pooling) * self.unit.square().sum(-2) + pooling * self.pooled
         self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
         self.start_residual_sq = (self.deltas * self._each(self.deltas)).sum(-1).double().sum(-1).clamp_min(0)
         self._refer(self.deltas.mean(1))
+
+    def _products(self, deltas: Tensor, shrink: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Joint eigenbases, the input side's eigenvalues, A_i and Â_i in them, and L_i where products will use it."""
+        unit = deltas * shrink
+        self.left_basis = torch.linalg.eigh(gram(unit.transpose(1, 2).flatten(2)))[1]
+        summed, self.right_basis = torch.linalg.eigh(gram(unit.flatten(1, 2).mT))
+        entered = self.enter(unit)
+        rows, columns = unit.shape[-2:]
+        left = gram(entered) if rows < _GOLDEN * columns else None
+        return self.left_basis, self.right_basis, summed, self.enter(deltas), entered, left
 
     def input_grams(self) -> Float[Tensor, "batch expert in in"]:
         """R_i, in the coordinates that the problem is solved in."""

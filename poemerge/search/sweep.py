@@ -16,7 +16,8 @@ import optuna
 from poemerge.contenders import Field, open_suites
 from poemerge.errors import ParamsError, PoemergeError, Problem
 from poemerge.merging import FamilyChoice, Selection
-from poemerge.params import Params
+from poemerge.numerics.reuse import reusing
+from poemerge.params import Params, parse_bytes
 from poemerge.project import Project
 from poemerge.search.space import METHODS, Point, current, settings_of, suggest
 from poemerge.suites.evaluation import Contender, OpenSuite, evaluate_models
@@ -81,7 +82,8 @@ def sweep(
     """Search for the merge with the best mean normalised score on the validation split.
 
     The first trial is what params.yaml has now, so the winner is never worse than it there. Test data takes no part:
-    raises ParamsError when `split` is one that the pipeline scores on. A trial whose merge fails counts as 0.
+    raises ParamsError when `split` is one that the pipeline scores on. A trial whose merge fails counts as 0. Trials
+    share the Gram products of their experts, up to merge.max_memory.
     """
     suites = _validation_suites(project, params, settings)
     tail_index, selection = _selected(project, params)
@@ -118,19 +120,20 @@ def sweep(
         return trial
 
     began = time.monotonic()
-    now = run(current(params, selection), CURRENT)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         # Joint proposals within each branch of the space: experimental to Optuna, pinned and tested here.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(seed=settings.seed, multivariate=True, group=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    for _ in range(settings.trials - 1):
-        if settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes:
-            log.info("%.1f minutes are over after %d trials", settings.minutes, len(trials))
-            break
-        proposal = study.ask()
-        study.tell(proposal, run(suggest(proposal, settings.methods)).score)
+    with reusing(parse_bytes(params.merge.max_memory)):
+        now = run(current(params, selection), CURRENT)
+        for _ in range(settings.trials - 1):
+            if settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes:
+                log.info("%.1f minutes are over after %d trials", settings.minutes, len(trials))
+                break
+            proposal = study.ask()
+            study.tell(proposal, run(suggest(proposal, settings.methods)).score)
     best = max(trials, key=lambda trial: trial.score)
     return SweepResult(trials, best, now, settings, tail_index, [suite.name for suite in suites])
 
