@@ -15,6 +15,9 @@ from poemerge.project import Project
 __all__ = ["say_verdict", "score_table"]
 
 
+COLOURS = {"pass": "green", "fail": "red", "skip": "dim"}
+
+
 def score_table(project: Project) -> Table | None:
     """Task × base, expert, merged, normalised, from metrics/evaluation.json; None where that is not there."""
     evaluation = _read(project.evaluation_json)
@@ -61,8 +64,11 @@ def say_verdict(project: Project, console: Console | None = None, *, approval: s
             f"digest {registration['digest'][:12]}"
         )
         for gate in registration["gates"]:
-            console.print(escape(f"  {gate['verdict']:<8} {gate['name']}: {gate['reason']}"), soft_wrap=True)
-        console.print(_decision(registration, approval), style="bold")
+            verdict = f"[{COLOURS.get(gate['verdict'], 'default')}]{gate['verdict']:<5}[/]"
+            console.print(f"  {verdict} {escape(gate['name'])}: {escape(gate['reason'])}", soft_wrap=True)
+        decision = _decision(registration, approval)
+        gain = _gain(registration)
+        console.print(f"{decision} {gain}" if gain else decision, style="bold", soft_wrap=True)
     if project.report_html.is_file():
         console.print(f"Report: {project.report_html}", soft_wrap=True)
     console.print("Pages:  `poemerge ui` opens Prefect's and MLflow's")
@@ -80,6 +86,19 @@ def _decision(registration: dict[str, Any], approval: str | None) -> str:
         return f"Version {version} passed every gate and needs approval: `poemerge promote {version}` asks for it."
     champion = "there is no champion" if before is None else f"version {before} stays champion"
     return f"Version {version} is a candidate; {champion}."
+
+
+def _gain(registration: dict[str, Any]) -> str | None:
+    """By how much the candidate is ahead of the champion that it was judged against, and how sure that is."""
+    figures: dict[str, Any] = next((gate["figures"] for gate in registration["gates"] if gate["name"] == "mean"), {})
+    if "gain" not in figures:
+        return None
+    text = f"Mean normalised score {figures['gain']:+.4f} against the champion before"
+    if "interval" not in figures:
+        return f"{text}."
+    low, high = figures["interval"]
+    sure = "inside the noise" if low <= 0 <= high else "more than chance explains"
+    return f"{text}, interval {low:+.4f} to {high:+.4f}: {sure}."
 
 
 def _accuracy(baseline: Any) -> float | None:

@@ -1,0 +1,76 @@
+"""What `poemerge run` shows on a terminal: stages at work and done, and the verdict with its gain at the end."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from poemerge.cli.progress import StageDisplay
+from poemerge.cli.verdict import say_verdict
+from poemerge.project import STAGES, Project
+from tasks.report import StageReport
+from tasks.stage import StageEvent, StageOutcome
+
+
+def test_stages_on_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Marks and times keep their columns, a key figure is shown whole, what a stage says now is cut to its line."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "90")
+    project = Project(tmp_path)
+    project.stage_seconds.parent.mkdir(parents=True)
+    project.stage_seconds.write_text(json.dumps({"tail": 50.0}))
+    listeners: list[Callable[[Any], None]] = []
+    headline = " ".join(f"figure{i}" for i in range(20))
+    with StageDisplay(project, listeners) as display:
+        (hear,) = listeners
+        hear(StageEvent("fetch", "began"))
+        outcome = StageOutcome("fetch", "ran", 12.34, StageReport(headline))
+        hear(StageEvent("fetch", "ended", outcome=outcome))
+        hear(StageEvent("tail", "began"))
+        hear(StageEvent("tail", "line", "INFO tasks.tail: residuals [of] " + "x" * 200))
+        display._live.refresh()
+    assert not listeners
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    last = shown[shown.rindex("fetch") - 3 :]
+    assert re.search(r"✓ +fetch +ran +12\.3 s +figure0 ", last)
+    for i in range(20):
+        assert f"figure{i}" in last
+    assert re.search(r"▶ +tail +at work +0 of about 50 s +residuals \[of\] x+…", last)
+    for stage in STAGES[2:]:
+        assert stage in last
+    assert all(len(line.rstrip()) <= 90 for line in last.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        (
+            [0.0042, 0.02],
+            "interval +0.0042 to +0.0200: more than chance explains.",
+        ),
+        ([-0.001, 0.02], "interval -0.0010 to +0.0200: inside the noise."),
+    ],
+)
+def test_run_ends_with_the_verdict_by_how_much_and_how_sure(tmp_path: Path, interval: list[float], said: str) -> None:
+    project = Project(tmp_path)
+    figures = {"gain": 0.0123, "interval": interval}
+    gates = [{"name": "mean", "verdict": "pass", "figures": figures, "reason": "better [than before]"}]
+    registration = {"model": "wren", "version": 2, "digest": "d" * 64, "aliases": ["champion"], "gates": gates,
+                    "promoted": True, "champion_before": 1}  # fmt: skip
+    project.registration_json.parent.mkdir(parents=True)
+    project.registration_json.write_text(json.dumps(registration))
+    stream = io.StringIO()
+    say_verdict(project, Console(file=stream, width=200))
+    text = stream.getvalue()
+    assert "pass  mean: better [than before]" in text
+    assert f"Version 2 is champion; it was 1. Mean normalised score +0.0123 against the champion before, {said}" in text
