@@ -277,8 +277,26 @@ def _show_plan(args: argparse.Namespace, checkpoints: ExpertSet, plan: Plan) -> 
     console = Console(highlight=False)
     console.width = max(console.width, 120) if not console.is_terminal else console.width
     console.print(table)
+    files = f"{len(plan.shards)} files" if len(plan.shards) > 1 else "one file"
+    duration = f"about {_duration(cost.seconds)}" if cost.seconds >= 1 else "less than a second"
     console.print(
-        f"reads {plan.bytes_read / 1e9:.2f} GB, writes {plan.bytes_written / 1e9:.2f} GB in {len(plan.shards)} files; "
-        f"peak memory about {cost.peak_memory / 1e9:.2f} GB; about {cost.seconds:.0f} s on this machine",
+        f"reads {_size(plan.bytes_read)}, writes {_size(plan.bytes_written)} in {files}; "
+        f"peak memory about {_size(cost.peak_memory)}; {duration} on this machine",
         soft_wrap=True,
     )
+
+
+def _size(nbytes: int) -> str:
+    """Bytes as people read them, in three digits: 144 kB, 1.05 GB."""
+    value, units = float(nbytes), ["bytes", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.3g} {units[0]}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people read them: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

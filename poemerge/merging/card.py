@@ -115,7 +115,7 @@ def model_card(
         "## Settings",
         "",
         "```yaml",
-        yaml.safe_dump(record["settings"], sort_keys=True, allow_unicode=True).strip(),
+        yaml.safe_dump(_telling(record["settings"]), sort_keys=True, allow_unicode=True).strip(),
         "```",
         "",
         f"Digest of the weights: `{record['digest']}`. merge.json holds the inputs, ledger.jsonl a line for "
@@ -132,6 +132,12 @@ def _family(record: Mapping[str, Any]) -> str:
     model = selection["model"]
     index = f", {model['tail_index']:.3g} degrees of freedom" if model.get("tail_index") else ""
     return f" ({model['family']} experts{index})"
+
+
+def _telling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that somebody who merges again would give: none of the machine, and none that was left open."""
+    ours = {"dask_address", "device", "engine", "max_memory", "max_shard_size"}
+    return {key: value for key, value in settings.items() if key not in ours and value not in (None, {}, [], ())}
 
 
 def _source_row(name: str, one: Mapping[str, Any], kind: str) -> str:

@@ -90,4 +90,5 @@ def _spectral_sq(
         space.append(vector)
         images.append(forward(vector))
     image = torch.cat(images, -1).double()
-    return torch.linalg.eigvalsh(image.mT @ image)[:, -1].clamp_min(0)
+    largest: Tensor = torch.linalg.eigvalsh(image.mT @ image)[:, -1]
+    return largest.clamp_min(0)
