@@ -103,6 +103,7 @@ def evaluate_models(
         runtime.tick = progress.tick
         for contender, missing in plan:
             if missing:
+                progress.prepare(contender.name)
                 with contender.open() as model_for:
                     for suite, key in missing:
                         progress.begin(f"{contender.name} on {suite.name}")

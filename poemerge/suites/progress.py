@@ -41,6 +41,11 @@ class EvaluationProgress:
         if self._bar is not None:
             self._bar.stop()
 
+    def prepare(self, name: str) -> None:
+        """The model `name` is made ready: read, or merged first."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=f"{name}: making it ready")
+
     def begin(self, what: str) -> None:
         """`what` (a model on a suite) is scored from now on."""
         self._what = what
