@@ -8,14 +8,14 @@ import json
 __all__ = ["add_parser", "run"]
 
 DESCRIPTION = """\
-Search for settings of the merge (expert family, side, scale factor, prior precision, coefficient, and with --method
-the method) that score best on the suites' validation split. Test data takes no part. The first trial is what
-params.yaml has now; each trial is a run in MLflow, nested in the sweep's.
+Search for settings of the merge (expert family, side, pooling, scale factor, prior precision, automatic length or
+coefficient, and with --method the method) that score best on the suites' validation split. Test data takes no part.
+The first trial is what params.yaml has now; each trial is a run in MLflow, nested in the sweep's.
 
 Example:
-  $ poemerge sweep --trials 20 --minutes 15 --write --report
-  20 trials, best 0.9958 (params.yaml had 0.9925):
-    method poe, family cauchy, side output, scale_factor 0.312, prior_precision 0.00142, coefficient 0.97
+  $ poemerge sweep --trials 20 --minutes 22 --examples 100 --write --report
+  18 trials, best 0.9866 (params.yaml had 0.9781):
+    method poe, family cauchy, side output, scale_factor 1.87, prior_precision 0.00046, automatic length
   Written into params.yaml: `poemerge run` merges by it.
   Report: .poemerge/sweep/index.html
 """
@@ -70,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
         return 0
     print(f"{found['trials']} trials, best {found['score']:.4f} (params.yaml had {found['current']:.4f}):")
-    print("  " + ", ".join(f"{name} {value}" for name, value in found["best"].items()))
+    words = [f"{name} {value}" for name, value in found["best"].items()]
+    if found["best"]["method"] == "poe" and "coefficient" not in found["best"]:
+        words.append("automatic length")
+    print("  " + ", ".join(words))
     if found["written"]:
         print("Written into params.yaml: `poemerge run` merges by it.")
     elif args.write:

@@ -133,7 +133,7 @@ def _plane(trials: Sequence[Trial]) -> Safe | None:
             x = np.log10(xs) if across in LOGARITHMIC else xs
             filled = axes.tricontourf(x, np.log10(ys), scores, levels=10, cmap="cividis")
             drawn.colorbar(filled, ax=axes, label="mean normalised score, %")
-            axes.scatter(x, np.log10(ys), s=18, color="white", edgecolors="#17202b", linewidths=0.8)
+            axes.scatter(x, np.log10(ys), s=18, color="white", edgecolors="#17202b", linewidths=0.8, clip_on=False)
             axes.set_xlabel(f"log10 {across.replace('_', ' ')}" if across in LOGARITHMIC else across)
             axes.set_ylabel(f"log10 {up.replace('_', ' ')}")
         top = int(scores.argmax())
