@@ -118,5 +118,6 @@ def test_an_answer_that_comes_too_late_does_not_count(project: Project) -> None:
     assert [request.ticket for request in expire(project)] == ["run-1"]
     assert open_requests(project) == []
     assert expire(project) == []
-    assert decide(project, "run-1", approve=True, by="bob", reason="") is False
+    with pytest.raises(RegistryError, match="has expired"):
+        decide(project, "run-1", approve=True, by="bob", reason="")
     request_approval(project, "1", "run-2", by="ann", reason="asked again")

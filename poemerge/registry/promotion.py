@@ -197,9 +197,10 @@ def decide(project: Project, ticket: str, *, approve: bool, by: str, reason: str
             raise RegistryError(
                 f"Nobody asked for a promotion under {ticket}; `poemerge models --decisions` lists them"
             )
-        if request.answer is not None:
+        closed = request.answer is not None and request.answer.action == "expired"
+        if request.answer is not None and not closed:
             return request.answer.action == "approved"
-        if request.expired:
+        if closed or request.expired:
             raise RegistryError(
                 f"The request to promote version {request.version} has expired.\n  got:      an answer after "
                 f"{request.expires[:16]} UTC\n  expected: one before\n  next:     poemerge promote {request.version}"
