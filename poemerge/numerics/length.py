@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["length"]
 
@@ -42,19 +43,19 @@ def length(
         spectral_sq = _spectral_sq(lambda v: stack @ v, lambda u: stack.mT @ u, stack, len(stack))
     else:
         factors = [(scaling * b.double(), a.double()) for b, a, scaling in deltas]
-        grams = [(b.mT @ b, a @ a.mT) for b, a in factors]
-        sizes = torch.stack([(left * right.mT).sum().clamp_min(0).sqrt() for left, right in grams])
+        largest = max(b.shape[-1] for b, _ in factors)
+        columns = torch.stack([pad(b, (0, largest - b.shape[-1])) for b, _ in factors])
+        rows = torch.stack([pad(a, (0, 0, 0, largest - a.shape[-2])) for _, a in factors])
+        left, right = columns.mT @ columns, rows @ rows.mT
+        sizes = (left * right.mT).sum((-2, -1)).clamp_min(0).sqrt()
         present = sizes > 0
         if not bool(present.any()):
             return 1.0
-        shares = torch.where(present, 1 / sizes, 0.0)
-        stacked = torch.cat([share * b for share, (b, _) in zip(shares, factors, strict=True)], -1)
-        rows = torch.cat([a for _, a in factors])
-        agreement = float(((stacked.mT @ stacked) * (rows @ rows.mT)).sum().clamp_min(0))
+        stacked = (columns * torch.where(present, 1 / sizes, 0.0)[:, None, None]).transpose(0, 1).flatten(1)
+        across = rows.flatten(0, 1)
+        agreement = float(((stacked.mT @ stacked) * (across @ across.mT)).sum().clamp_min(0))
         # The eigenvalues of (BᵀB)(AAᵀ) are the squared singular values of BA.
-        spectral_sq = torch.stack(
-            [torch.linalg.eigvals(left @ right).real.amax().clamp_min(0) for left, right in grams]
-        )
+        spectral_sq = torch.linalg.eigvals(left @ right).real.amax(-1).clamp_min(0)
     count = int(present.sum())
     effective = min(float(count), count**2 / agreement) if agreement > 0 else float(count)
     weight = base.to(torch.float32)
