@@ -108,7 +108,9 @@ def test_out_of_time_ends_the_whole_group(project: Project) -> None:
     wait_until_empty(project)
 
 
+# A shell has its background jobs ignore SIGINT, and what they start inherits that: tests must not.
 RUNNER = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "import sys; from pathlib import Path; from poemerge.project import Project\n"
     "from tasks.stage import run_dvc, listeners\n"
     "listeners.append(lambda event: print(event.text, flush=True))\n"
