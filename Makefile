@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Threads that spin while they wait make two jobs on one core many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 # Half of the tests wait for servers: two files side by side fill two cores.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --durations 15
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
