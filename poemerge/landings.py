@@ -11,6 +11,7 @@ from typing import Any
 from poemerge.filelock import holder
 from poemerge.project import Project
 from poemerge.sources import Change, Lock, resolve
+from poemerge.wholefile import write_whole
 
 __all__ = ["RETELL_SECONDS", "due", "forget_told", "landed", "merged_last", "note_merged", "note_told"]
 
@@ -73,9 +74,7 @@ def note_told(project: Project, changes: Iterable[Change]) -> None:
         known[change.name] = {"revision": _revision(change), "times": times, "at": time.time()}
     path = _told_file(project)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(known, indent=2) + "\n")
 
 
 def forget_told(project: Project) -> None:

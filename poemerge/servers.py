@@ -18,6 +18,7 @@ from poemerge.filelock import attended, holder
 from poemerge.leftovers import crash_leftovers
 from poemerge.lifeline import Child
 from poemerge.project import Project
+from poemerge.wholefile import write_whole
 
 __all__ = ["answers", "embedded_prefect", "mlflow_server", "prefect_server", "publish", "published", "use_prefect"]
 
@@ -128,9 +129,7 @@ def publish(project: Project, urls: Mapping[str, str]) -> Iterator[None]:
     """Let other commands of the project find the servers `urls` while this block runs."""
     path = _published_file(project)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(dict(urls)) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(dict(urls)) + "\n")
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from poemerge import lifeline
 from poemerge.errors import PoemergeError
 from poemerge.project import STAGES, Project
+from poemerge.wholefile import write_whole
 from tasks.report import StageReport
 
 __all__ = ["main"]
@@ -60,17 +61,13 @@ def _remember_memory(project: Project, name: str) -> None:
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(known, indent=2) + "\n")
 
 
 def _write_failure(project: Project, name: str, message: str, exit_status: int) -> None:
     path = project.stage_failure(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"message": message, "exit_status": exit_status}) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps({"message": message, "exit_status": exit_status}) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 from poemerge.errors import StageError
 from poemerge.params import Params, SelectionParams
 from poemerge.project import Project
+from poemerge.wholefile import write_whole
 from tasks.report import StageReport
 
 __all__ = ["expert"]
@@ -46,10 +47,8 @@ def expert(project: Project, params: Params) -> StageReport:
             "  expected: what the tail stage writes\n  next:     run it again: dvc repro tail"
         ) from error
     document = {**chosen, "per": params.expert.per, "side": tail["side"], "fitted": model, "groups": groups}
-    partial = project.expert_json.with_name(project.expert_json.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(project.expert_json)
+    project.expert_json.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(project.expert_json, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     return _report(document, params)
 
 

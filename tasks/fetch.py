@@ -18,6 +18,7 @@ from poemerge.project import Project
 from poemerge.sources import Entry, Lock, Refusal, RetryPolicy, bring, holds, read_source_json, recover, workplace
 from poemerge.sources.contents import Kind
 from poemerge.sources.source import Workplace
+from poemerge.wholefile import write_whole
 from tasks.report import StageReport
 
 __all__ = ["fetch"]
@@ -150,9 +151,7 @@ def _remember_to_try_again(project: Project, outcomes: list[_Outcome]) -> None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({outcome.name: outcome.entry.revision for outcome in outcomes}), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps({outcome.name: outcome.entry.revision for outcome in outcomes}))
 
 
 def _error(outcomes: list[_Outcome]) -> BadInputError | SourceError:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from poemerge.wholefile import write_whole
+
 __all__ = ["StageReport"]
 
 
@@ -22,9 +24,7 @@ class StageReport:
     def write(self, path: Path) -> None:
         """Write it to `path` as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @staticmethod
     def read(path: Path) -> StageReport:

@@ -30,6 +30,7 @@ from poemerge.errors import StageError
 from poemerge.filelock import exclusive
 from poemerge.lifeline import Child
 from poemerge.project import Project
+from poemerge.wholefile import write_whole
 from tasks.report import StageReport
 
 __all__ = [
@@ -262,9 +263,7 @@ def _remember_seconds(project: Project, stage: str, seconds: float) -> None:
     path = project.stage_seconds
     known: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known[stage] = round(seconds, 2)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(known, indent=2) + "\n")
 
 
 def _publish(project: Project, outcome: StageOutcome) -> None:

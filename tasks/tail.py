@@ -24,6 +24,7 @@ from poemerge.numerics.tail import USABLE, fit_tail, log_histogram, residual_ent
 from poemerge.params import Params, TailParams
 from poemerge.project import Project
 from poemerge.report.residuals import draw_residuals
+from poemerge.wholefile import write_whole
 from tasks.report import StageReport
 
 __all__ = ["tail"]
@@ -107,9 +108,7 @@ def tail(project: Project, params: Params) -> StageReport:
         "left_out": left_out,
     }
     project.tail.mkdir(parents=True, exist_ok=True)
-    partial = project.tail_json.with_name(project.tail_json.name + ".partial")
-    partial.write_text(json.dumps(_rounded(document), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(project.tail_json)
+    write_whole(project.tail_json, json.dumps(_rounded(document), indent=1, ensure_ascii=False) + "\n")
     draw_residuals(document, project.residuals_png)
     return _report(project, document)
 

@@ -11,6 +11,7 @@ from poemerge.checkpoints import ExpertSet, layer_group
 from poemerge.checkpoints.statistics import TaskVectorStatistics, cosines, task_vector_statistics
 from poemerge.params import Params
 from poemerge.project import Project
+from poemerge.wholefile import write_whole
 from tasks.report import StageReport
 
 __all__ = ["task_vectors"]
@@ -32,9 +33,7 @@ def task_vectors(project: Project, params: Params) -> StageReport:
     manifest = _manifest(experts, statistics)
     path = project.task_vectors_manifest
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(manifest, indent=1) + "\n")
     experts.close()
     rows = [_row(name, manifest) for name in manifest["experts"]]
     low, high = _extremes(manifest["cosine"]["whole"])

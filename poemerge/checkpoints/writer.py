@@ -17,6 +17,7 @@ from torch import Tensor
 from poemerge.checkpoints.checkpoint import INDEX, SINGLE
 from poemerge.checkpoints.safetensors_file import dtype_name
 from poemerge.errors import PoemergeError
+from poemerge.wholefile import write_whole
 
 __all__ = ["Shard", "ShardFile", "plan_shards", "save_tensors", "weights_digest", "write_index"]
 
@@ -162,9 +163,7 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> Path | None:
         "weight_map": dict(sorted((name, shard.file) for shard in shards for name, _, _ in shard.tensors)),
     }
     path = folder / INDEX
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(index, indent=2) + "\n")
     return path
 
 

@@ -15,6 +15,7 @@ from poemerge.checkpoints import Shard, file_digest
 from poemerge.errors import BadInputError, PoemergeError, Problem
 from poemerge.filelock import exclusive
 from poemerge.merging.exchange import exchange
+from poemerge.wholefile import write_whole
 
 __all__ = ["Staging", "check_output", "job_key"]
 
@@ -118,9 +119,7 @@ class Staging:
     def write_text(path: Path, text: str) -> None:
         """Write a text file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, text)
 
     def publish(self) -> None:
         """Give the finished folder the output's name; an earlier merge of that name goes, and so do stale stagings.

@@ -20,6 +20,7 @@ from poemerge.registry.journal import Journal, Line
 from poemerge.registry.record import record
 from poemerge.registry.tracking import connect, speaking, tracking_uri
 from poemerge.registry.versions import CHAMPION, Version, alias_version, find_version
+from poemerge.wholefile import write_whole
 
 __all__ = ["Registration", "judge_and_move", "log_report", "register_merged"]
 
@@ -142,6 +143,4 @@ def judge_and_move(
 def _write(project: Project, registration: Registration) -> None:
     path = project.registration_json
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(registration.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(registration.to_json(), indent=2, ensure_ascii=False) + "\n")

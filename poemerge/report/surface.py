@@ -11,6 +11,7 @@ import numpy as np
 from poemerge.report.html import Safe, Section, document, esc, figure, paragraph, percent, points, table
 from poemerge.report.style import OTHERS, OURS, family_name, method_name, svg_of
 from poemerge.report.style import figure as new_figure
+from poemerge.wholefile import write_whole
 
 __all__ = ["write_surface"]
 
@@ -51,10 +52,8 @@ def write_surface(result: Mapping[str, Any], path: Path, model: str) -> Path:
         sections.append(Section("plane", "Two settings at once", plane))
     sections.append(Section("trials", "Every trial", _trials(trials, best, now)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     foot = paragraph("Chosen on validation data; test data took no part.")
-    partial.write_text(document(f"{model} sweep · poemerge", head, sections, foot), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, document(f"{model} sweep · poemerge", head, sections, foot))
     return path
 
 

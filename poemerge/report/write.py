@@ -21,6 +21,7 @@ from poemerge.report.scores import lead, scores_section
 from poemerge.report.tails import tails_section
 from poemerge.report.vectors import vectors_section
 from poemerge.report.weights import weights_section
+from poemerge.wholefile import write_whole
 
 __all__ = ["write_report"]
 
@@ -58,9 +59,7 @@ def write_report(project: Project, params: Params) -> Path:
     page = document(f"{title} · poemerge", head, [section for section in sections if section is not None], foot)
     path = project.report_html
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, page)
     return path
 
 

@@ -24,6 +24,7 @@ from poemerge.suites.evaluation import Contender, OpenSuite, evaluate_models
 from poemerge.suites.runtime import choose_runtime
 from poemerge.suites.scores import normalised
 from poemerge.suites.store import ScoreStore
+from poemerge.wholefile import write_whole
 
 __all__ = ["SweepResult", "SweepSettings", "Trial", "sweep"]
 
@@ -71,9 +72,7 @@ class SweepResult:
     def write(self, path: Path) -> None:
         """All of it as JSON at `path`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def sweep(

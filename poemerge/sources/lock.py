@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from poemerge.errors import ProjectError
+from poemerge.wholefile import write_whole
 
 __all__ = ["Change", "Entry", "Lock"]
 
@@ -93,9 +94,7 @@ class Lock:
         text += "\n"
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             return False
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, text)
         return True
 
     def changes(self, before: Lock | None) -> list[Change]:

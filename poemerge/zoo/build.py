@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any
 
 from poemerge.errors import PoemergeError
+from poemerge.wholefile import write_whole
 from poemerge.zoo.archives import ENCODER, cache_folder, fetch_archive, read_zip
 from poemerge.zoo.progress import Progress
 from poemerge.zoo.settings import PROTOCOL, ExpertPlan, Settings, digest_of
@@ -59,7 +60,7 @@ def build_zoo(root: Path, settings: Settings, *, processes: int | None = None) -
         "experts": {name: json.loads((root / "experts" / name / "expert.json").read_text()) for name in wanted},
     }
     manifest["archives"] = dict(sorted(manifest["archives"].items()))
-    _write_text(root / "zoo.json", json.dumps(manifest, indent=1) + "\n")
+    write_whole(root / "zoo.json", json.dumps(manifest, indent=1) + "\n")
     return read_zoo(root)
 
 
@@ -216,9 +217,3 @@ def _follow(child: subprocess.Popen[str], report: Callable[[int, int], None]) ->
             seen = json.loads(line)
             report(seen["step"], seen["steps"])
     child.wait()
-
-
-def _write_text(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content)
-    partial.replace(path)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from poemerge.wholefile import write_whole
 from poemerge.zoo.tasks import Example
 
 __all__ = ["SPLITS", "make_splits", "read_split", "write_suite"]
@@ -46,8 +47,8 @@ def write_suite(folder: Path, splits: Mapping[str, Sequence[Example]], descripti
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
         lines = (json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in rows)
-        _write(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
-    _write(folder / "labels.json", json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+        write_whole(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+    write_whole(folder / "labels.json", json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_split(folder: Path, split: str) -> list[Example]:
@@ -75,9 +76,3 @@ def _normalised(text: str) -> str:
 
 def _fraction(purpose: str, key: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{purpose}\0{key}".encode()).digest()[:8], "big") / 2**64
-
-
-def _write(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
