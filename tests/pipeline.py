@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import shutil
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from tiny import make_base, make_full_expert, make_lora_expert, make_suite
 
@@ -120,3 +122,13 @@ def poemerge(project: Project, *arguments: str, timeout: float = 580.0) -> subpr
         text=True,
         timeout=timeout,
     )
+
+
+def working_in(folder: Path) -> list[psutil.Process]:
+    """Every process whose working directory is `folder`: the flow, its server, DVC, the shell, the stage."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and Path(process.cwd()) == folder:
+                found.append(process)
+    return found

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from pipeline import environment, make_finished_project, poemerge, read_params, write_params
+from pipeline import environment, make_finished_project, poemerge, read_params, working_in, write_params
 from tiny import make_full_expert
 
 from poemerge.filelock import holder
@@ -47,16 +47,6 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return make_finished_project(tmp_path_factory.mktemp("crash") / "project")
-
-
-def working_in(folder: Path) -> list[psutil.Process]:
-    """Every process whose working directory is `folder`: the flow, its server, DVC, the shell, the stage."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and Path(process.cwd()) == folder:
-                found.append(process)
-    return found
 
 
 def stage_process(project: Project, stage: str) -> psutil.Process | None:

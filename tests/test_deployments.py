@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from hub_server import Hub
-from pipeline import environment, make_finished_project, poemerge, read_params, write_params
+from pipeline import environment, make_finished_project, poemerge, read_params, working_in, write_params
 from tiny import make_full_expert
 
 from poemerge.checkpoints import folder_digest
@@ -34,16 +34,6 @@ long = pytest.mark.skipif("POEMERGE_CRASH_MATRIX" not in os.environ, reason="lon
 PATIENCE = 500.0
 ENDS = ("COMPLETED", "CRASHED")
 SCHEDULED = {"type": "SCHEDULED"}
-
-
-def working_in(folder: Path) -> list[psutil.Process]:
-    """Every process whose working directory is `folder`."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and Path(process.cwd()) == folder:
-                found.append(process)
-    return found
 
 
 def at_work(project: Project) -> psutil.Process | None:
