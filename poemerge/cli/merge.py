@@ -29,7 +29,7 @@ Weights are safetensors; pickles are refused. Exit status: 0 done, 1 the work fa
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `poemerge merge`."""
-    from poemerge.params import Family, Method, Preset, Side
+    from poemerge.params import Family, Method, Preset, Scale, Side
 
     parser = subparsers.add_parser(
         "merge",
@@ -53,13 +53,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--preset", choices=get_args(Preset), help="the settings of the paper's released code")
     parser.add_argument("--side", choices=get_args(Side), help="side of the residual, for method poe")
     parser.add_argument("--pooling", type=float, help="0 to 1, for --side both: shrinks input Grams to their mean")
-    parser.add_argument(
-        "--scale", choices=("common", "task-norm", "gram-norm", "fitted"), help="scale of an expert's energy"
-    )
+    parser.add_argument("--scale", choices=get_args(Scale), help="scale of an expert's energy")
     parser.add_argument("--scale-factor", type=float)
     parser.add_argument("--prior", choices=("relative", "absolute"))
     parser.add_argument("--prior-precision", type=float)
-    parser.add_argument("--coefficient", type=float, help="merged weight = base + coefficient · merged delta")
+    parser.add_argument(
+        "--coefficient",
+        type=float,
+        help="merged weight = base + coefficient · merged delta; default of poe: by the task vectors' length",
+    )
     parser.add_argument("--include", action="append", metavar="GLOB", help="parameters to merge; default: all")
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="parameters that stay at the base")
     parser.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +13,7 @@ from poemerge.checkpoints import Rule
 from poemerge.checkpoints.roles import role
 from poemerge.errors import BadInputError, Problem
 from poemerge.numerics.presets import PRESETS
-from poemerge.params import Family, MergeParams, Method, Scale, Side
+from poemerge.params import Family, MergeParams, Method, Preset, Scale, Side
 
 __all__ = ["ELEMENTWISE", "SOLVED", "FamilyChoice", "ParameterSettings", "Selection", "resolve"]
 
@@ -122,7 +122,7 @@ def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) ->
         seed=params.seed,
     )
     if params.preset is not None and settings.method == "poe":
-        settings = _released(settings, params, name)
+        settings = _released(settings, params.preset, params.model_fields_set, name)
     if rule != "matrix" and settings.method in SOLVED:
         settings = replace(settings, method="average", coefficient=1.0)
     for glob, override in params.overrides.items():
@@ -141,12 +141,11 @@ def _own_coefficient(method: str) -> float | None:
     return None if method == "poe" else DEFAULT_COEFFICIENT.get(method, 1.0)
 
 
-def _released(settings: ParameterSettings, params: MergeParams, name: str) -> ParameterSettings:
-    """The settings of the paper's released code under `params.preset`; what params.yaml gives itself, stays."""
-    preset = dict(PRESETS[params.preset or ""])
-    if any(fnmatchcase(name, glob) for glob in preset.pop("average")):
+def _released(settings: ParameterSettings, preset: Preset, given: Collection[str], name: str) -> ParameterSettings:
+    """The settings of the paper's released code under `preset`, but for those whose names are `given`: they stay."""
+    released = dict(PRESETS[preset])
+    if any(fnmatchcase(name, glob) for glob in released.pop("average")):
         return replace(settings, method="average", coefficient=1.0)
-    preset["family"], preset["tail_index"] = preset.pop("expert"), None
-    preset.pop("init")
-    preset["rtol"] = _PRECISE
-    return replace(settings, **{key: value for key, value in preset.items() if key not in params.model_fields_set})
+    del released["init"]  # how every merge starts
+    released |= {"family": released.pop("expert"), "tail_index": None, "rtol": _PRECISE}
+    return replace(settings, **{key: value for key, value in released.items() if key not in given})

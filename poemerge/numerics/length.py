@@ -18,10 +18,8 @@ _LANCZOS_STEPS = 8
 def length(
     deltas: Float[Tensor, "expert out in"] | Sequence[tuple[Tensor, Tensor, float]],
     base: Float[Tensor, "out in"],
-    *,
-    strength: float = STRENGTH,
 ) -> float:
-    """c = (1 + φ)/(1 + Nφ), with N = n²/‖Σ Â_i‖²_F experts in effect and φ = strength · mean_i ‖A_i‖₂²/‖W‖₂².
+    """c = (1 + φ)/(1 + Nφ), with N = n²/‖Σ Â_i‖²_F experts in effect and φ = STRENGTH · mean_i ‖A_i‖₂²/‖W‖₂².
 
     The mode of a product of experts keeps each task vector whole in the directions of its own expert and lets all the
     others pass beside it. That cross-talk is no matter while task vectors are small beside the base's weight W, and
@@ -63,7 +61,7 @@ def length(
     mean_sq = float(spectral_sq.sum()) / count
     if base_sq == 0:
         return 1 / effective
-    phi = strength * mean_sq / base_sq
+    phi = STRENGTH * mean_sq / base_sq
     return min(1.0, (1 + phi) / (1 + effective * phi))
 
 
