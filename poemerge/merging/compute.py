@@ -16,7 +16,9 @@ import poemerge
 from poemerge.checkpoints import ExpertSet, Loaded
 from poemerge.errors import NumericsError
 from poemerge.merging.settings import ELEMENTWISE, SOLVED, ParameterSettings
+from poemerge.numerics.adapters import Adapter, Adapters
 from poemerge.numerics.length import length
+from poemerge.numerics.solution import Factored
 
 __all__ = [
     "Merged",
@@ -267,30 +269,44 @@ def _factored(
     dtype: torch.dtype,
 ) -> Merged:
     """One matrix from LoRA factors: solved in their subspaces, added to the base as one low-rank product."""
-    for expert, (b, a, _) in zip(experts, factors, strict=True):
-        if not bool(b.isfinite().all() & a.isfinite().all()):
-            raise NotFiniteError(name, expert)
     # (B A)ᵀ = Aᵀ Bᵀ: the factors are of the stored layout, the solver wants [out, in].
-    solution = solve_as_merged([(a.mT, b.mT, s) if transposed else (b, a, s) for b, a, s in factors], settings)
+    given = [(a.mT, b.mT, s) if transposed else (b, a, s) for b, a, s in factors]
+    try:
+        adapters = Adapters(given)
+    except NumericsError:
+        for expert, (b, a, _) in zip(experts, factors, strict=True):
+            if not bool(b.isfinite().all() & a.isfinite().all()):
+                raise NotFiniteError(name, expert) from None
+        raise
+    solution = solve_as_merged(adapters, settings)
     theta = solution.theta
-    settings = with_length(settings, factors, base)
-    entry = _entry(solution, experts, settings)
-    if isinstance(theta, Tensor):
-        return _added(name, base, theta.mT if transposed else theta, settings, dtype, entry)
+    assert isinstance(theta, Factored)
+    settings = with_length(settings, adapters, base)
     left, right = (theta.Q @ theta.X).to(torch.float32), theta.V.to(torch.float32)
     left, right = (right, left) if transposed else (left, right)
-    # A block of rows at a time, float32 only while it is in the cache; the base was read for this and makes room.
+    return Merged(_add_product(name, base, left, right, settings.multiple, dtype), _entry(solution, experts, settings))
+
+
+def _add_product(name: str, base: Tensor, left: Tensor, right: Tensor, multiple: float, dtype: torch.dtype) -> Tensor:
+    """base + multiple·left·rightᵀ in float32, rounded to `dtype`; in the base's memory where that is its own."""
+    whole = base.dtype == dtype == torch.float32
     merged = base if base.dtype == dtype else torch.empty_like(base, dtype=dtype)
+    # A block of rows at a time, which stays in the cache while it is checked.
     step = max(1, _BLOCK_ENTRIES // base.shape[1])
     for rows in (slice(first, first + step) for first in range(0, len(base), step)):
-        block = torch.addmm(base[rows].to(torch.float32), left[rows], right.mT, alpha=settings.multiple)
-        _check_merged(name, base[rows], block)
-        merged[rows] = block
-    return Merged(merged, entry)
+        block = base[rows] if whole else base[rows].to(torch.float32)
+        block.addmm_(left[rows], right.mT, alpha=multiple)
+        # A sum costs a tenth of asking every entry; it may overflow where they are finite: they have the last word.
+        if not math.isfinite(float(block.sum())) and not bool(block.isfinite().all()):
+            product = multiple * (left[rows] @ right.mT)
+            raise _not_finite(name, bool(product.isfinite().all()))
+        if not whole:
+            merged[rows] = block
+    return merged
 
 
 def with_length(
-    settings: ParameterSettings, deltas: Tensor | list[tuple[Tensor, Tensor, float]], base: Tensor
+    settings: ParameterSettings, deltas: Tensor | Sequence[Adapter] | Adapters, base: Tensor
 ) -> ParameterSettings:
     """The settings with a coefficient: where none is given, by the task vectors' length beside the base's weight.
 
@@ -327,9 +343,14 @@ def _check_merged(name: str, base: Tensor, merged: Tensor) -> None:
     # One sum costs a tenth of asking every entry; it may overflow where they are finite, so they have the last word.
     if math.isfinite(float(merged.sum())) or bool(merged.isfinite().all()):
         return
-    if not bool(base.isfinite().all()):
-        raise NotFiniteError(name, None)
-    raise NumericsError(
+    raise _not_finite(name, not bool(base.isfinite().all()))
+
+
+def _not_finite(name: str, base: bool) -> NumericsError:
+    """The error for a merged weight that is not finite, by fault of the `base` or, that being finite, of the solve."""
+    if base:
+        return NotFiniteError(name, None)
+    return NumericsError(
         f"{name}: the merged weight is not finite although its inputs are. "
         "Next: raise prior_precision, or override the method for this parameter."
     )

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
+
+from poemerge.numerics.adapters import Adapter, Adapters
 
 __all__ = ["length"]
 
@@ -16,7 +17,7 @@ _LANCZOS_STEPS = 8
 
 
 def length(
-    deltas: Float[Tensor, "expert out in"] | Sequence[tuple[Tensor, Tensor, float]],
+    deltas: Float[Tensor, "expert out in"] | Sequence[Adapter] | Adapters,
     base: Float[Tensor, "out in"],
 ) -> float:
     """c = (1 + φ)/(1 + Nφ), with N = n²/‖Σ Â_i‖²_F experts in effect and φ = STRENGTH · mean_i ‖A_i‖₂²/‖W‖₂².
@@ -40,20 +41,18 @@ def length(
         agreement = float(torch.linalg.vector_norm(unit_sum).double().square())
         spectral_sq = _spectral_sq(lambda v: stack @ v, lambda u: stack.mT @ u, stack, len(stack))
     else:
-        factors = [(scaling * b.double(), a.double()) for b, a, scaling in deltas]
-        largest = max(b.shape[-1] for b, _ in factors)
-        columns = torch.stack([pad(b, (0, largest - b.shape[-1])) for b, _ in factors])
-        rows = torch.stack([pad(a, (0, 0, 0, largest - a.shape[-2])) for _, a in factors])
-        left, right = columns.mT @ columns, rows @ rows.mT
-        sizes = (left * right.mT).sum((-2, -1)).clamp_min(0).sqrt()
-        present = sizes > 0
+        adapters = deltas if isinstance(deltas, Adapters) else Adapters(deltas)
+        norm_sq = adapters.norm_sq()[0]
+        present = norm_sq > 0
         if not bool(present.any()):
             return 1.0
-        stacked = (columns * torch.where(present, 1 / sizes, 0.0)[:, None, None]).transpose(0, 1).flatten(1)
-        across = rows.flatten(0, 1)
-        agreement = float(((stacked.mT @ stacked) * (across @ across.mT)).sum().clamp_min(0))
+        per_size = torch.where(present, adapters.scaling / norm_sq.sqrt(), 0.0)
+        experts, rank = len(present), adapters.left.gram.shape[-1] // len(present)
+        overlaps = (adapters.left.gram[0] * adapters.right.gram[0]).reshape(experts, rank, experts, rank)
+        agreement = float(per_size @ overlaps.sum((1, 3)) @ per_size)
         # The eigenvalues of (BᵀB)(AAᵀ) are the squared singular values of BA.
-        spectral_sq = torch.linalg.eigvals(left @ right).real.amax(-1).clamp_min(0)
+        products = adapters.left.blocks()[0] @ adapters.right.blocks()[0]
+        spectral_sq = adapters.scaling.square() * torch.linalg.eigvals(products).real.amax(-1).clamp_min(0)
     count = int(present.sum())
     effective = min(float(count), count**2 / agreement) if agreement > 0 else float(count)
     weight = base.to(torch.float32)
@@ -76,17 +75,18 @@ def _spectral_sq(
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(like.shape[-1], 1, generator=generator, dtype=torch.float64).to(like).expand(count, -1, -1)
     vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-    space, images = [vector], [forward(vector)]
-    for _ in range(_LANCZOS_STEPS - 1):
-        vector = backward(images[-1])
-        before = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-        basis = torch.cat(space, -1)
-        for _ in range(2):
-            vector = vector - basis @ (basis.mT @ vector)
-        after = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-        # Nothing but rounding is left where the space is whole.
-        vector = torch.where(after > torch.finfo(like.dtype).eps ** 0.75 * before, vector / after, 0.0)
-        space.append(vector)
+    basis = vector.new_zeros(count, like.shape[-1], _LANCZOS_STEPS)
+    images: list[Tensor] = []
+    for step in range(_LANCZOS_STEPS):
+        if step:
+            vector = backward(images[-1])
+            before = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
+            for _ in range(2):
+                vector = vector - basis @ (basis.mT @ vector)
+            after = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
+            # Nothing but rounding is left where the space is whole.
+            vector = torch.where(after > torch.finfo(like.dtype).eps ** 0.75 * before, vector / after, 0.0)
+        basis[..., step : step + 1] = vector
         images.append(forward(vector))
     image = torch.cat(images, -1).double()
     largest: Tensor = torch.linalg.eigvalsh(image.mT @ image)[:, -1]

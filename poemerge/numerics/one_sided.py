@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["OneSided", "Referenced", "dot", "gram", "inner", "norm_sq", "without_size"]
+__all__ = ["OneSided", "Referenced", "dot", "gram", "inner", "norm_sq", "normal_solve", "without_size"]
 
 # Up to this many rows the factorisation runs in float64 whatever the deltas are in: it is a few percent of a step.
 _FLOAT64_ROWS = 1024
@@ -53,6 +53,23 @@ def without_size(weights: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     return weights / size.unsqueeze(-1), prior / size
 
 
+def normal_solve(
+    matrix: Float[Tensor, "batch out out"],
+    prior: Float[Tensor, " batch"],
+    slopes: Float[Tensor, "batch out in"],
+    reference: Float[Tensor, "batch out in"],
+) -> tuple[Float[Tensor, "batch out in"], Bool[Tensor, " batch"]]:
+    """C − (M + λI)⁻¹(S + λC) by Cholesky, and where that succeeded; a float64 M is overwritten."""
+    if matrix.shape[-1] <= _FLOAT64_ROWS:
+        matrix = matrix.double()
+    matrix.diagonal(dim1=-2, dim2=-1).add_(prior.to(matrix.dtype).unsqueeze(-1))
+    right = slopes.to(matrix.dtype) + prior.to(matrix.dtype)[:, None, None] * reference.to(matrix.dtype)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    step = torch.cholesky_solve(right, factor).to(reference.dtype)
+    theta = reference - step
+    return theta, (info == 0) & norm_sq(theta).isfinite()
+
+
 class Referenced:
     """Energies kept about a reference C, so that what cancels is of the size of the residuals there."""
 
@@ -87,21 +104,11 @@ class OneSided(Referenced):
     # r is in the units of the deltas to this power.
     residual_degree = 2
 
-    def __init__(
-        self,
-        deltas: Float[Tensor, "batch expert out in"],
-        mean_over: int,
-        factors: tuple[Float[Tensor, "batch expert out r"], Float[Tensor, "batch expert in r"]] | None = None,
-    ) -> None:
-        """`mean_over`: how many diagonal entries mean diag H averages over (the full `out` for a factored solve).
-
-        `factors`: (P_i, Q_i) with A_i = P_iQ_iᵀ, where their rank is far below the deltas' sides.
-        """
+    def __init__(self, deltas: Float[Tensor, "batch expert out in"], mean_over: int) -> None:
+        """`mean_over`: how many diagonal entries mean diag H averages over (the full `out` for a factored solve)."""
         self.deltas = deltas
         self.mean_over = mean_over
-        # G_i = half_i P_iᵀ
-        self.thin = None if factors is None else (factors[0] @ (factors[1].mT @ factors[1]), factors[0])
-        self.grams = gram(deltas) if self.thin is None else self.thin[0] @ self.thin[1].mT
+        self.grams = gram(deltas)
         self.trace = self.grams.diagonal(dim1=-2, dim2=-1).double().sum(-1)
         self.start_residual_sq = norm_sq(self.grams)
         self._refer(deltas.mean(1))
@@ -109,10 +116,7 @@ class OneSided(Referenced):
     def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
         difference = reference.unsqueeze(1) - self.deltas
         self.reference = reference
-        if self.thin is not None:
-            self.slopes = self.thin[0] @ (self.thin[1].mT @ difference)
-            self.reference_residual_sq = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
-        elif 2 * self.deltas.shape[-1] < self.deltas.shape[-2]:
+        if 2 * self.deltas.shape[-1] < self.deltas.shape[-2]:
             residual = self.deltas.mT @ difference
             self.slopes = self.deltas @ residual
             self.reference_residual_sq = norm_sq(residual)
@@ -124,17 +128,6 @@ class OneSided(Referenced):
         """Mean diagonal entry of Σ w_i G_i."""
         return (weights * self.trace).sum(-1) / self.mean_over
 
-    def normal_matrix(
-        self, weights: Float[Tensor, "batch expert"], prior: Float[Tensor, " batch"]
-    ) -> Float[Tensor, "batch out out"]:
-        """H(w) = Σ w_i G_i + λI."""
-        rows = self.grams.shape[-1]
-        matrix = (weights.to(self.grams.dtype).unsqueeze(1) @ self.grams.flatten(2)).view(-1, rows, rows)
-        if rows <= _FLOAT64_ROWS:
-            matrix = matrix.double()
-        matrix.diagonal(dim1=-2, dim2=-1).add_(prior.to(matrix.dtype).unsqueeze(-1))
-        return matrix
-
     def minimise(
         self,
         weights: Float[Tensor, "batch expert"],
@@ -144,13 +137,10 @@ class OneSided(Referenced):
     ) -> tuple[Float[Tensor, "batch out in"], Bool[Tensor, " batch"]]:
         """Θ(w) = H(w)⁻¹ Σ w_i G_i A_i by Cholesky, and where the factorisation succeeded."""
         weights, prior = without_size(weights, prior)
-        matrix = self.normal_matrix(weights, prior)
+        rows = self.grams.shape[-1]
+        matrix = (weights.to(self.grams.dtype).unsqueeze(1) @ self.grams.flatten(2)).view(-1, rows, rows)
         slopes = (weights.to(self.slopes.dtype).unsqueeze(1) @ self.slopes.flatten(2)).view_as(self.reference)
-        right = slopes.to(matrix.dtype) + prior.to(matrix.dtype)[:, None, None] * self.reference.to(matrix.dtype)
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        step = torch.cholesky_solve(right, factor).to(self.reference.dtype)
-        theta = self.reference - step
-        return theta, (info == 0) & norm_sq(theta).isfinite()
+        return normal_solve(matrix, prior, slopes, self.reference)
 
     def residual_sq(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch expert"]:
         """r_i² = ‖A_iᵀ(Θ − A_i)‖²_F, never below 0."""

@@ -11,32 +11,32 @@ from torch import Tensor
 
 from poemerge.errors import BadInputError, NumericsError, Problem
 from poemerge.numerics import solution as ended
+from poemerge.numerics.adapters import Adapter, Adapters, LowRank, not_finite
 from poemerge.numerics.experts import Energy, Expert, Family
 from poemerge.numerics.majorise import Mode, find_mode, settled_gap
 from poemerge.numerics.one_sided import OneSided, norm_sq
 from poemerge.numerics.posterior import Posterior, Side
 from poemerge.numerics.precision import full_precision, working_dtype
 from poemerge.numerics.solution import Factored, Outcome, Solution, join
+from poemerge.numerics.thin import ThinOneSided, ThinTwoSided
 from poemerge.numerics.two_sided import TwoSided
 
 __all__ = ["Adapter", "solve"]
 
+_AnyProblem = OneSided | TwoSided | ThinOneSided | ThinTwoSided
 Scale = Literal["common", "task-norm", "gram-norm", "fitted"]
 Prior = Literal["relative", "absolute"]
-Adapter = tuple[Tensor, Tensor, float | int]
 
 # "fitted" never takes experts to agree better than this fraction of ‖R_i(0)‖²: the scale must stay above zero.
 _LEAST_FITTED = 1e-6
-# Directions of the adapters' joint span whose squared length is below this part of the largest are rounding.
-_RANK_PRECISION = 1e-12
-# A Cholesky factor of unit columns with a smaller pivot than this has lost too many digits to be a basis.
-_LEAST_PIVOT = 1e-4
+# Adapters are worked on through their rank where their joint span is at least this many times as wide.
+_THIN = 3
 # From this rtol on the small problem of float32 adapters runs in float32, else in float64.
 _FLOAT32_RTOL = 1e-3
 
 
 def solve(
-    deltas: Float[Tensor, "*batch expert out in"] | Sequence[Adapter],
+    deltas: Float[Tensor, "*batch expert out in"] | Sequence[Adapter] | Adapters,
     *,
     expert: Family = "cauchy",
     tail_index: float | None = None,
@@ -100,7 +100,7 @@ def solve(
         if not isinstance(deltas, Tensor):
             if row_blocks is not None:
                 raise _bad("row_blocks", repr(row_blocks), "None for factored deltas", "densify the adapters first")
-            return _solve_factored(deltas, settings)
+            return _solve_factored(deltas if isinstance(deltas, Adapters) else Adapters(deltas), settings)
         _check_dense(deltas)
         if row_blocks is not None and deltas.shape[-2] > deltas.shape[-1]:
             return _solve_blocks(deltas, settings)
@@ -183,35 +183,7 @@ def _check_dense(deltas: Tensor) -> None:
         for index in range(deltas.shape[-3]):
             wrong = int((~finite[..., index, :, :]).sum())
             if wrong:
-                raise _not_finite(index, deltas.shape[-3], "delta", wrong)
-
-
-def _not_finite(index: int, count: int, what: str, wrong: int) -> NumericsError:
-    return NumericsError(
-        f"expert {index} of {count}: its {what} has {wrong} NaN or infinite entr{'y' if wrong == 1 else 'ies'}, "
-        "expected finite numbers. Next: check that checkpoint, or leave the expert out."
-    )
-
-
-def _check_adapters(adapters: Sequence[Adapter]) -> None:
-    if not adapters:
-        raise NumericsError("deltas: got no adapters, expected at least one (B, A, scaling). Next: give the experts.")
-    first_b, first_a = adapters[0][0], adapters[0][1]
-    for index, (b, a, scaling) in enumerate(adapters):
-        same_rank = min(b.ndim, a.ndim) >= 2 and b.shape[-1] == a.shape[-2] and b.shape[:-2] == a.shape[:-2]
-        same_size = (*b.shape[:-1], a.shape[-1]) == (*first_b.shape[:-1], first_a.shape[-1])
-        if not (same_rank and same_size and b.is_floating_point() and a.is_floating_point()):
-            raise NumericsError(
-                f"expert {index} of {len(adapters)}: got B {list(b.shape)} and A {list(a.shape)}, expected "
-                "B [*batch, out, r] and A [*batch, r, in] in floating point that fit together and give "
-                f"{[*first_b.shape[:-1], first_a.shape[-1]]}, as expert 0 does. Next: pass one matrix's adapters."
-            )
-        for name, factor in (("B", b), ("A", a)):
-            wrong = int((~factor.isfinite()).sum())
-            if wrong:
-                raise _not_finite(index, len(adapters), f"factor {name}", wrong)
-        if not math.isfinite(scaling):
-            raise _not_finite(index, len(adapters), "scaling", 1)
+                raise not_finite(index, deltas.shape[-3], "delta", wrong)
 
 
 def _expert_scales(scale: Scale | Tensor, batch: tuple[int, ...], experts: int, device: torch.device) -> Tensor | None:
@@ -279,64 +251,24 @@ def _solve_blocks(deltas: Tensor, settings: _Settings) -> Solution:
     return join(whole, batch, single=not batch)
 
 
-def _solve_factored(adapters: Sequence[Adapter], settings: _Settings) -> Solution:
+def _solve_factored(adapters: Adapters, settings: _Settings) -> Solution:
     """Solve within span{B_i} × span{A_iᵀ}: there Θ = Q X Vᵀ exactly, the prior included."""
-    _check_adapters(adapters)
     if isinstance(settings.init, Tensor):
         raise _bad("init", "a tensor", '"gaussian" or "mean" for factored deltas', "densify the adapters first")
-    dtypes = {factor.dtype for b, a, _ in adapters for factor in (b, a)}
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    batch = tuple(adapters[0][0].shape[:-2])
-    factors = [(scaling * b.double(), a.double()) for b, a, scaling in adapters]
-    size = (adapters[0][0].shape[-2], adapters[0][1].shape[-1])
-    scales = _expert_scales(settings.scale, batch, len(adapters), factors[0][0].device)
-    left, lefts = _span([b for b, _ in factors])
-    right, rights = _span([a.mT for _, a in factors])
-    thin = (lefts, rights) if 3 * lefts.shape[-1] <= min(lefts.shape[-2], rights.shape[-2]) else None
-    cores = lefts @ rights.mT
-    if dtype == torch.float32 and settings.rtol >= _FLOAT32_RTOL:
-        cores, thin = cores.float(), None if thin is None else (lefts.float(), rights.float())
-    stride = 1 if cores.device.type == "cpu" else max(1, len(cores))
+    left, cores, right = adapters.within()
+    scales = _expert_scales(settings.scale, adapters.batch, adapters.count, left.device)
+    if adapters.dtype == torch.float32 and settings.rtol >= _FLOAT32_RTOL:
+        cores = cores.float()
+    narrow = _THIN * cores.left.shape[-1] <= min(left.shape[-1], right.shape[-1])
+    given: Tensor | LowRank = cores if narrow else cores.dense()
+    stride = 1 if left.device.type == "cpu" else max(1, len(given))
     members: list[Solution] = []
-    for first in range(0, len(cores), stride):
+    for first in range(0, len(given), stride):
         chunk = slice(first, first + stride)
-        own = None if thin is None else (thin[0][chunk], thin[1][chunk])
         own_scales = None if scales is None else scales[chunk]
-        members += _solve_core(cores[chunk], size, own_scales, None, settings, own)
-    left, right = left.to(dtype), right.to(dtype)
+        members += _solve_core(given[chunk], adapters.size, own_scales, None, settings)
     lifted = [_lift(member, left[i], right[i]) for i, member in enumerate(members)]
-    return join(lifted, batch, single=not batch)
-
-
-def _span(
-    factors: Sequence[Float[Tensor, "*batch side _"]],
-) -> tuple[Float[Tensor, "flat side k"], Float[Tensor, "flat expert k r"]]:
-    """An orthonormal basis Q of the joint column space, and F_i with Q·F_i the factors, padded to the largest rank.
-
-    From the stack's Gram matrix in float64, which costs less than a QR factorisation.
-    """
-    tiny = torch.finfo(torch.float64).tiny
-    largest = max(factor.shape[-1] for factor in factors)
-    padded = [torch.nn.functional.pad(factor, (0, largest - factor.shape[-1])) for factor in factors]
-    stack = torch.cat([factor.reshape(-1, *factor.shape[-2:]) for factor in padded], -1)
-    # Columns of unit length first: factors of very different size keep their digits.
-    size = torch.linalg.vector_norm(stack, dim=-2, keepdim=True)
-    stack = stack / size.clamp_min(tiny)
-    products = stack.mT @ stack
-    factor, info = torch.linalg.cholesky_ex(products)
-    least_pivot = factor.diagonal(dim1=-2, dim2=-1).amin()
-    if stack.shape[-1] <= stack.shape[-2] and not bool(info.any()) and float(least_pivot) > _LEAST_PIVOT:
-        basis = torch.linalg.solve_triangular(factor.mT, stack, upper=True, left=False)
-        inside = factor.mT * size
-    else:
-        # Factors that share directions: those that are rounding are left out.
-        values, vectors = torch.linalg.eigh(products)
-        least = _RANK_PRECISION * values[:, -1:].clamp_min(tiny)
-        kept = max(1, min(stack.shape[-2], int((values > least).sum(-1).max())))
-        roots = values[:, None, -kept:].clamp_min(least.unsqueeze(1)).sqrt()
-        vectors = vectors[..., -kept:]
-        basis, inside = stack @ (vectors / roots), (roots * vectors).mT * size
-    return basis, inside.unflatten(-1, (len(factors), largest)).transpose(1, 2)
+    return join(lifted, adapters.batch, single=not adapters.batch)
 
 
 def _lift(member: Solution, left: Tensor, right: Tensor) -> Solution:
@@ -349,15 +281,14 @@ def _lift(member: Solution, left: Tensor, right: Tensor) -> Solution:
 
 
 def _solve_core(
-    deltas: Float[Tensor, "batch expert k l"],
+    deltas: Float[Tensor, "batch expert k l"] | LowRank,
     size: tuple[int, int],
     scales: Float[Tensor, "batch expert"] | None,
     start: Float[Tensor, "batch k l"] | None,
     settings: _Settings,
-    factors: tuple[Tensor, Tensor] | None = None,
 ) -> list[Solution]:
     """Solve a batch; members that fail in float32 are solved again in float64, and fall back to the mean after that."""
-    solutions = _solve_once(deltas, size, scales, start, settings, factors)
+    solutions = _solve_once(deltas, size, scales, start, settings)
     failed = [i for i, solution in enumerate(solutions) if not solution.outcome.ok]
     if failed and deltas.dtype != torch.float64:
         again = _solve_once(
@@ -372,32 +303,49 @@ def _solve_core(
     return solutions
 
 
+def _unit(given: Float[Tensor, "batch expert k l"] | LowRank) -> Float[Tensor, " batch"]:
+    """A power of two near the deltas' common size, float64: divided out it changes no digit, and nothing overflows."""
+    if isinstance(given, LowRank):
+        largest = given.norm_sq().amax(-1).sqrt()
+        least = torch.finfo(torch.float64).tiny
+    else:
+        low, high = torch.aminmax(given.flatten(1), dim=1)
+        largest, least = torch.maximum(-low, high), torch.finfo(given.dtype).tiny
+    return torch.exp2(torch.log2(torch.where(largest > 0, largest.clamp_min(least), 1.0).double()).round())
+
+
+def _problem(
+    given: Float[Tensor, "batch expert k l"] | LowRank,
+    unit: Float[Tensor, " batch"],
+    size: tuple[int, int],
+    settings: _Settings,
+) -> tuple[_AnyProblem, Float[Tensor, "batch expert"]]:
+    """The problem of the deltas divided by `unit`, and their ‖A_i‖²."""
+    rows, columns = size if settings.side != "input" else size[::-1]
+    if isinstance(given, LowRank):
+        factors = given.over(unit)
+        factors = factors.mT if settings.side == "input" else factors
+        if settings.side == "both":
+            return ThinTwoSided(factors, rows * columns, settings.pooling), factors.norm_sq()
+        return ThinOneSided(factors, rows), factors.norm_sq()
+    deltas = given * (1 / unit).to(given.dtype)[:, None, None, None]
+    if settings.side == "input":
+        deltas = deltas.mT.contiguous()
+    if settings.side == "both":
+        return TwoSided(deltas, rows * columns, settings.pooling), norm_sq(deltas)
+    return OneSided(deltas, rows), norm_sq(deltas)
+
+
 def _solve_once(
-    given: Float[Tensor, "batch expert k l"],
+    given: Float[Tensor, "batch expert k l"] | LowRank,
     size: tuple[int, int],
     scales: Float[Tensor, "batch expert"] | None,
     start: Float[Tensor, "batch k l"] | None,
     settings: _Settings,
-    factors: tuple[Tensor, Tensor] | None = None,
 ) -> list[Solution]:
     expert = Expert.of(settings.expert, settings.tail_index)
-    # A power of two near the deltas' common size is divided out: exact, and nothing under- or overflows.
-    low, high = torch.aminmax(given.flatten(1), dim=1)
-    largest = torch.maximum(-low, high)
-    least = torch.finfo(given.dtype).tiny
-    unit = torch.exp2(torch.log2(torch.where(largest > 0, largest.clamp_min(least), 1.0).double()).round())
-    deltas = given * (1 / unit).to(given.dtype)[:, None, None, None]
-    if settings.side == "input":
-        deltas = deltas.mT.contiguous()
-    rows, columns = size if settings.side != "input" else size[::-1]
-    problem: OneSided | TwoSided
-    if factors is not None:
-        factors = (factors[0] * (1 / unit).to(given.dtype)[:, None, None, None], factors[1])
-        factors = factors[::-1] if settings.side == "input" else factors
-    if settings.side == "both":
-        problem = TwoSided(deltas, rows * columns, settings.pooling, factors)
-    else:
-        problem = OneSided(deltas, rows, factors)
+    unit = _unit(given)
+    problem, task_norm_sq = _problem(given, unit, size, settings)
     degree = problem.residual_degree
     # Also absent is an expert so much smaller than the others that its Gram matrix underflows.
     present = (problem.trace > 0) & (problem.start_residual_sq > 0)
@@ -409,8 +357,8 @@ def _solve_once(
 
     # Gaussian experts have their weights, and so the mode, at once; only a fitted scale needs a residual first.
     at_once = expert.quadratic and (isinstance(settings.scale, Tensor) or settings.scale != "fitted")
-    scale_sq = _scale_sq(settings, problem, deltas, unit, None, present, scales) if at_once else None
-    ok = torch.ones(len(given), dtype=torch.bool, device=given.device)
+    scale_sq = _scale_sq(settings, problem, task_norm_sq, unit, None, present, scales) if at_once else None
+    ok = torch.ones(len(given), dtype=torch.bool, device=unit.device)
     if start is not None:
         oriented = start.mT if settings.side == "input" else start
         theta = problem.enter(oriented / unit.to(start.dtype)[:, None, None])
@@ -424,7 +372,7 @@ def _solve_once(
         theta, ok = problem.minimise(first, prior_at(first), None, settings.rtol)
     residual_sq = problem.recentre(theta, problem.residual_sq(theta))
     if scale_sq is None:
-        scale_sq = _scale_sq(settings, problem, deltas, unit, residual_sq, present, scales)
+        scale_sq = _scale_sq(settings, problem, task_norm_sq, unit, residual_sq, present, scales)
     prior = prior_at(torch.where(present, expert.weight(residual_sq, scale_sq), 0.0))
     energy = Energy(expert, scale_sq, prior, present)
     at_mode = at_once and start is None and settings.init == "gaussian"
@@ -461,8 +409,8 @@ def _solve_once(
 
 def _scale_sq(
     settings: _Settings,
-    problem: OneSided | TwoSided,
-    deltas: Float[Tensor, "batch expert k l"],
+    problem: _AnyProblem,
+    task_norm_sq: Float[Tensor, "batch expert"],
     unit: Float[Tensor, " batch"],
     residual_sq: Float[Tensor, "batch expert"] | None,
     present: Bool[Tensor, "batch expert"],
@@ -473,7 +421,7 @@ def _scale_sq(
     if scales is not None:
         scale_sq = (scales / unit.unsqueeze(-1) ** degree).square()
     elif settings.scale == "task-norm":
-        scale_sq = settings.scale_factor * norm_sq(deltas) * unit.unsqueeze(-1) ** (2 - 2 * degree)
+        scale_sq = settings.scale_factor * task_norm_sq * unit.unsqueeze(-1) ** (2 - 2 * degree)
     elif settings.scale == "common":
         total = torch.where(present, problem.start_residual_sq, 0.0).sum(-1, keepdim=True)
         scale_sq = settings.scale_factor * total / present.sum(-1, keepdim=True).clamp_min(1)
@@ -502,7 +450,7 @@ def _outcome(index: int, ok: bool, present: bool, mode: Mode, expert: Expert, se
 def _member(
     index: int,
     outcome: Outcome,
-    given: Tensor,
+    given: Tensor | LowRank,
     theta: Tensor,
     weights: Tensor,
     prior: Tensor,
@@ -517,9 +465,17 @@ def _member(
     elif outcome is ended.CLOSED_FORM:
         steps = 1
     elif not outcome.ok:
-        own, own_weights, energy = given[index].mean(0), torch.zeros_like(own_weights), energy[:1]
+        own, own_weights, energy = _matrices(given, index).mean(0), torch.zeros_like(own_weights), energy[:1]
 
     def posterior() -> Posterior:
-        return Posterior(own, settings.side, given[index].double(), own_weights, prior[index], settings.pooling)
+        return Posterior(
+            own, settings.side, _matrices(given, index).double(), own_weights, prior[index], settings.pooling
+        )
 
     return Solution(own, outcome, steps, energy, own_weights, prior[index], make_posterior=posterior)
+
+
+def _matrices(given: Tensor | LowRank, index: int) -> Float[Tensor, "expert k l"]:
+    """One member's task vectors as matrices."""
+    member: Tensor = given[[index]].dense()[0] if isinstance(given, LowRank) else given[index]
+    return member

@@ -1,7 +1,6 @@
 """The two-sided (Kronecker) product of experts: residual Â_iᵀ(Θ − A_i)R_i^½ with Â_i = A_i/‖A_i‖_F."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,177 +9,36 @@ from torch import Tensor
 from poemerge.numerics.one_sided import Referenced, dot, gram, inner, norm_sq, without_size
 from poemerge.numerics.reuse import kept
 
-__all__ = ["TwoSided"]
+__all__ = ["Kronecker", "TwoSided"]
 
 _MAX_CONJUGATE_STEPS = 400
 # Above this ratio of its sides, X(XᵀY) takes fewer operations than (XXᵀ)Y on the one side and Y(XᵀX) on the other.
 _GOLDEN = (1 + 5**0.5) / 2
 
 
-@dataclass(frozen=True)
-class _Thin:
-    """Â_i = P_iQ_iᵀ of low rank: L_iΘÂ_iᵀÂ_i = P_i [Q_iᵀQ_i (P_iᵀΘQ_i) P_iᵀP_i] Q_iᵀ, all products through the rank."""
+class Kronecker:
+    """What two-sided problems share: the joint eigenbases, and conjugate gradients in them.
 
-    left: Float[Tensor, "batch expert out r"]
-    right: Float[Tensor, "batch expert in r"]
-    left_gram: Float[Tensor, "batch expert r r"]
-    right_gram: Float[Tensor, "batch expert r r"]
-
-    @staticmethod
-    def of(left: Float[Tensor, "batch expert out r"], right: Float[Tensor, "batch expert in r"]) -> "_Thin":
-        return _Thin(left, right, left.mT @ left, right.mT @ right)
-
-    def each(
-        self, theta: Float[Tensor, "batch #expert out in"], pooling: float, pooled: Float[Tensor, "batch 1 1 in"]
-    ) -> Float[Tensor, "batch expert out in"]:
-        """L_i Θ R_i for every expert, of one Θ or of one each."""
-        seen = self.right_gram @ (self.left.mT @ theta)
-        own = (seen @ self.right @ self.left_gram) @ self.right.mT
-        each: Tensor = self.left @ own.mul_(1 - pooling).add_(seen * pooled, alpha=pooling)
-        return each
-
-    def operator(
-        self,
-        heavy: Float[Tensor, "batch expert 1 1"],
-        prior: Float[Tensor, "batch 1 1"],
-        pooling: float,
-        pooled: Float[Tensor, "batch 1 in"],
-    ) -> Callable[[Float[Tensor, "batch out in"]], Float[Tensor, "batch out in"]]:
-        """Θ ↦ Σ w_i L_i Θ R_i + λΘ."""
-        batch, experts, rows, rank = self.left.shape
-        lefts = self.left.transpose(1, 2).flatten(2)
-        weighed = (heavy * self.left @ self.right_gram).transpose(1, 2).flatten(2)
-        summed = pooling * (weighed @ lefts.mT)
-        rights = ((1 - pooling) * self.left_gram @ self.right.mT).flatten(1, 2)
-
-        def operate(theta: Tensor) -> Tensor:
-            narrow = (lefts.mT @ theta).view(batch, experts, rank, -1) @ self.right
-            middle = (weighed.view(batch, rows, experts, rank).transpose(1, 2) @ narrow).transpose(1, 2)
-            out: Tensor = middle.reshape(batch, rows, -1) @ rights + (summed @ theta) * pooled + prior * theta
-            return out
-
-        return operate
-
-
-class TwoSided(Referenced):
-    """Σ w_i L_i Θ R_i + λΘ = Σ w_i L_i A_i R_i, with L_i = Â_iÂ_iᵀ and R_i = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j.
-
-    `pooling` y: each expert's input Gram is a noisy estimate of what its task's inputs look like in this layer, and
-    tasks share most of that, so it is shrunk to the pooled one. Without it nobody guards the directions in which only
-    some other expert moves, and Θ overshoots. The output Gram is the task's own, and stays.
-
-    The problem is solved in the eigenbases of Σ L_i and Σ R_i. There the operator's own diagonal, Σ w_i diag L_i ⊗
-    diag R_i + λ, is a strong preconditioner: a Kronecker product of the summed Grams, exact on their diagonals and free
-    to follow the weights. Energies are kept about a reference as in `OneSided`.
+    There the operator's own diagonal, Σ w_i diag L_i ⊗ diag R_i + λ, is a strong preconditioner: a Kronecker product of
+    the summed Grams, exact on their diagonals and free to follow the weights.
     """
 
     residual_degree = 1
+    mean_over: int
+    reference: Tensor
+    left_basis: Tensor
+    right_basis: Tensor
+    left_diagonal: Tensor
+    right_diagonal: Tensor
+    trace: Tensor
 
-    def __init__(
-        self,
-        deltas: Float[Tensor, "batch expert out in"],
-        mean_over: int,
-        pooling: float,
-        factors: tuple[Float[Tensor, "batch expert out r"], Float[Tensor, "batch expert in r"]] | None = None,
-    ) -> None:
-        """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix).
+    def _operator(self, weights: Tensor, prior: Tensor) -> Callable[[Tensor], Tensor]:
+        """Θ ↦ Σ w_i L_i Θ R_i + λΘ."""
+        raise NotImplementedError
 
-        `factors`: (P_i, Q_i) with A_i = P_i Q_iᵀ, where their rank is far below the deltas' sides.
-        """
-        self.mean_over, self.pooling = mean_over, pooling
-        norm = norm_sq(deltas).sqrt()[..., None, None]
-        shrink = torch.where(norm > 0, 1 / norm, 0.0).to(deltas.dtype)
-        # All that does not depend on the settings: a sweep makes it once.
-        self.left_basis, self.right_basis, summed, self.deltas, self.unit, left = kept(
-            deltas, lambda: self._products(deltas, shrink)
-        )
-        # In this basis the pooled input Gram is diagonal.
-        present = (norm > 0).sum(1).clamp_min(1).to(deltas.dtype)
-        self.pooled = (summed.clamp_min(0) / present[..., 0]).unsqueeze(-2)
-        self.left: Tensor | None = None
-        self.right: Tensor | None = None
-        self.thin: _Thin | None = None
-        rows, columns = self.unit.shape[-2:]
-        if factors is not None:
-            self.thin = _Thin.of(
-                self.left_basis.mT.unsqueeze(1) @ factors[0] * shrink, self.right_basis.mT.unsqueeze(1) @ factors[1]
-            )
-        else:
-            # A Gram is formed where multiplying by it costs less than multiplying by both of its factors.
-            self.left = left
-            self.right = self.input_grams() if columns < _GOLDEN * rows else None
-        self.left_diagonal = self.unit.square().sum(-1)
-        self.right_diagonal = (1 - pooling) * self.unit.square().sum(-2) + pooling * self.pooled
-        self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
-        self.start_residual_sq = (self.deltas * self._each(self.deltas)).sum(-1).double().sum(-1).clamp_min(0)
-        self._refer(self.deltas.mean(1))
-
-    def _products(self, deltas: Tensor, shrink: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Joint eigenbases, the input side's eigenvalues, A_i and Â_i in them, and L_i where products will use it."""
-        unit = deltas * shrink
-        self.left_basis = torch.linalg.eigh(gram(unit.transpose(1, 2).flatten(2)))[1]
-        summed, self.right_basis = torch.linalg.eigh(gram(unit.flatten(1, 2).mT))
-        entered = self.enter(unit)
-        rows, columns = unit.shape[-2:]
-        left = gram(entered) if rows < _GOLDEN * columns else None
-        return self.left_basis, self.right_basis, summed, self.enter(deltas), entered, left
-
-    def input_grams(self) -> Float[Tensor, "batch expert in in"]:
-        """R_i, in the coordinates that the problem is solved in."""
-        grams: Tensor = (1 - self.pooling) * gram(self.unit.mT)
-        grams.diagonal(dim1=-2, dim2=-1).add_(self.pooling * self.pooled)
-        return grams
-
-    def _each(self, theta: Float[Tensor, "batch #expert out in"]) -> Float[Tensor, "batch expert out in"]:
-        """L_i Θ R_i for every expert, of one Θ or of one each."""
-        each: Tensor
-        if self.thin is not None:
-            each = self.thin.each(theta, self.pooling, self.pooled.unsqueeze(1))
-        elif self.right is None:
-            assert self.left is not None
-            each = ((1 - self.pooling) * (self.left @ (theta @ self.unit.mT))) @ self.unit
-            if self.pooling:
-                each += (self.left @ theta) * (self.pooling * self.pooled.unsqueeze(1))
-        elif self.left is None:
-            each = self.unit @ (self.unit.mT @ theta @ self.right)
-        else:
-            each = self.left @ theta @ self.right
-        return each
-
-    def _operator(
-        self, weights: Float[Tensor, "batch expert"], prior: Float[Tensor, "batch 1 1"]
-    ) -> Callable[[Float[Tensor, "batch out in"]], Float[Tensor, "batch out in"]]:
-        """Θ ↦ Σ w_i L_i Θ R_i + λΘ, the sum over experts inside one long product."""
-        heavy = weights[:, :, None, None]
-        unit, left, right, thin = self.unit, self.left, self.right, self.thin
-        if thin is not None:
-            return thin.operator(heavy, prior, self.pooling, self.pooled)
-        if right is None:
-            assert left is not None
-            own = ((1 - self.pooling) * heavy) * left
-            summed = self.pooling * (heavy * left).sum(1)
-            long = unit.flatten(1, 2)
-
-            def wide(theta: Tensor) -> Tensor:
-                narrow = own @ (theta.unsqueeze(1) @ unit.mT)
-                out: Tensor = narrow.transpose(1, 2).flatten(2) @ long + (summed @ theta) * self.pooled + prior * theta
-                return out
-
-            return wide
-        long = (heavy * (unit if left is None else left)).transpose(1, 2).flatten(2)
-
-        def tall(theta: Tensor) -> Tensor:
-            narrow = theta.unsqueeze(1) if left is not None else unit.mT @ theta.unsqueeze(1)
-            out: Tensor = long @ (narrow @ right).flatten(1, 2) + prior * theta
-            return out
-
-        return tall
-
-    def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
-        difference = reference.unsqueeze(1) - self.deltas
-        self.reference = reference
-        self.slopes = self._each(difference)
-        self.reference_residual_sq = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
+    def _slope(self, weights: Tensor) -> Tensor:
+        """Σ w_i L_i (C − A_i) R_i at the reference C."""
+        raise NotImplementedError
 
     def mean_diagonal(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, " batch"]:
         """Mean diagonal entry of Σ w_i L_i ⊗ R_i."""
@@ -200,8 +58,7 @@ class TwoSided(Referenced):
         """
         weights, prior = without_size(weights, prior)
         dtype = self.reference.dtype
-        slopes = (weights.to(dtype).unsqueeze(1) @ self.slopes.flatten(2)).view_as(self.reference)
-        right = -slopes - prior.to(dtype)[:, None, None] * self.reference
+        right = -self._slope(weights.to(dtype)) - prior.to(dtype)[:, None, None] * self.reference
         step = None if start is None else start - self.reference
         step = self._invert(weights, prior, right, step, rtol, norm_sq(self.reference))
         theta = self.reference + step
@@ -253,6 +110,125 @@ class TwoSided(Referenced):
             direction = conditioned + ratio * direction
         return step
 
+    def enter(self, theta: Float[Tensor, "batch *expert out in"]) -> Float[Tensor, "batch *expert out in"]:
+        """Into the joint eigenbases."""
+        if theta.ndim == 3:
+            left, right = self.left_basis.mT, self.right_basis
+        else:
+            left, right = self.left_basis.mT.unsqueeze(1), self.right_basis.unsqueeze(1)
+        entered: Tensor = left @ theta @ right
+        return entered
+
+    def leave(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch out in"]:
+        """Back to the coordinates of the deltas."""
+        given: Tensor = self.left_basis @ theta @ self.right_basis.mT
+        return given
+
+
+class TwoSided(Kronecker, Referenced):
+    """Σ w_i L_i Θ R_i + λΘ = Σ w_i L_i A_i R_i, with L_i = Â_iÂ_iᵀ and R_i = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j.
+
+    `pooling` y: each expert's input Gram is a noisy estimate of what its task's inputs look like in this layer, and
+    tasks share most of that, so it is shrunk to the pooled one. Without it nobody guards the directions in which only
+    some other expert moves, and Θ overshoots. The output Gram is the task's own, and stays.
+
+    The problem is solved in the eigenbases of Σ L_i and Σ R_i. Energies are kept about a reference as in `OneSided`.
+    """
+
+    def __init__(
+        self,
+        deltas: Float[Tensor, "batch expert out in"],
+        mean_over: int,
+        pooling: float,
+    ) -> None:
+        """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
+        self.mean_over, self.pooling = mean_over, pooling
+        norm = norm_sq(deltas).sqrt()[..., None, None]
+        shrink = torch.where(norm > 0, 1 / norm, 0.0).to(deltas.dtype)
+        # All that does not depend on the settings: a sweep makes it once.
+        self.left_basis, self.right_basis, summed, self.deltas, self.unit, left = kept(
+            deltas, lambda: self._products(deltas, shrink)
+        )
+        # In this basis the pooled input Gram is diagonal.
+        present = (norm > 0).sum(1).clamp_min(1).to(deltas.dtype)
+        self.pooled = (summed.clamp_min(0) / present[..., 0]).unsqueeze(-2)
+        # A Gram is formed where multiplying by it costs less than multiplying by both of its factors.
+        self.left = left
+        rows, columns = self.unit.shape[-2:]
+        self.right = self.input_grams() if columns < _GOLDEN * rows else None
+        self.left_diagonal = self.unit.square().sum(-1)
+        self.right_diagonal = (1 - pooling) * self.unit.square().sum(-2) + pooling * self.pooled
+        self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
+        self.start_residual_sq = (self.deltas * self._each(self.deltas)).sum(-1).double().sum(-1).clamp_min(0)
+        self._refer(self.deltas.mean(1))
+
+    def _products(self, deltas: Tensor, shrink: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Joint eigenbases, the input side's eigenvalues, A_i and Â_i in them, and L_i where products will use it."""
+        unit = deltas * shrink
+        self.left_basis = torch.linalg.eigh(gram(unit.transpose(1, 2).flatten(2)))[1]
+        summed, self.right_basis = torch.linalg.eigh(gram(unit.flatten(1, 2).mT))
+        entered = self.enter(unit)
+        rows, columns = unit.shape[-2:]
+        left = gram(entered) if rows < _GOLDEN * columns else None
+        return self.left_basis, self.right_basis, summed, self.enter(deltas), entered, left
+
+    def input_grams(self) -> Float[Tensor, "batch expert in in"]:
+        """R_i, in the coordinates that the problem is solved in."""
+        grams: Tensor = (1 - self.pooling) * gram(self.unit.mT)
+        grams.diagonal(dim1=-2, dim2=-1).add_(self.pooling * self.pooled)
+        return grams
+
+    def _each(self, theta: Float[Tensor, "batch #expert out in"]) -> Float[Tensor, "batch expert out in"]:
+        """L_i Θ R_i for every expert, of one Θ or of one each."""
+        each: Tensor
+        if self.right is None:
+            assert self.left is not None
+            each = ((1 - self.pooling) * (self.left @ (theta @ self.unit.mT))) @ self.unit
+            if self.pooling:
+                each += (self.left @ theta) * (self.pooling * self.pooled.unsqueeze(1))
+        elif self.left is None:
+            each = self.unit @ (self.unit.mT @ theta @ self.right)
+        else:
+            each = self.left @ theta @ self.right
+        return each
+
+    def _operator(
+        self, weights: Float[Tensor, "batch expert"], prior: Float[Tensor, "batch 1 1"]
+    ) -> Callable[[Float[Tensor, "batch out in"]], Float[Tensor, "batch out in"]]:
+        """Θ ↦ Σ w_i L_i Θ R_i + λΘ, the sum over experts inside one long product."""
+        heavy = weights[:, :, None, None]
+        unit, left, right = self.unit, self.left, self.right
+        if right is None:
+            assert left is not None
+            own = ((1 - self.pooling) * heavy) * left
+            summed = self.pooling * (heavy * left).sum(1)
+            long = unit.flatten(1, 2)
+
+            def wide(theta: Tensor) -> Tensor:
+                narrow = own @ (theta.unsqueeze(1) @ unit.mT)
+                out: Tensor = narrow.transpose(1, 2).flatten(2) @ long + (summed @ theta) * self.pooled + prior * theta
+                return out
+
+            return wide
+        long = (heavy * (unit if left is None else left)).transpose(1, 2).flatten(2)
+
+        def tall(theta: Tensor) -> Tensor:
+            narrow = theta.unsqueeze(1) if left is not None else unit.mT @ theta.unsqueeze(1)
+            out: Tensor = long @ (narrow @ right).flatten(1, 2) + prior * theta
+            return out
+
+        return tall
+
+    def _slope(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, "batch out in"]:
+        """Σ w_i L_i (C − A_i) R_i at the reference C."""
+        return (weights.unsqueeze(1) @ self.slopes.flatten(2)).view_as(self.reference)
+
+    def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
+        difference = reference.unsqueeze(1) - self.deltas
+        self.reference = reference
+        self.slopes = self._each(difference)
+        self.reference_residual_sq = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
+
     def residual_sq(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch expert"]:
         """r_i² = ⟨L_i(Θ − A_i)R_i, Θ − A_i⟩, never below 0."""
         step = theta - self.reference
@@ -269,17 +245,3 @@ class TwoSided(Referenced):
         images = self._each(step.unsqueeze(1))
         slope = inner(self.slopes, step) + inner(images, theta - self.reference)
         return slope, inner(images, step), inner(images, last)
-
-    def enter(self, theta: Float[Tensor, "batch *expert out in"]) -> Float[Tensor, "batch *expert out in"]:
-        """Into the joint eigenbases."""
-        if theta.ndim == 3:
-            left, right = self.left_basis.mT, self.right_basis
-        else:
-            left, right = self.left_basis.mT.unsqueeze(1), self.right_basis.unsqueeze(1)
-        entered: Tensor = left @ theta @ right
-        return entered
-
-    def leave(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch out in"]:
-        """Back to the coordinates of the deltas."""
-        given: Tensor = self.left_basis @ theta @ self.right_basis.mT
-        return given

@@ -1,0 +1,206 @@
+"""The adapters of one matrix taken together: what a solve within their joint subspaces starts from."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from poemerge.errors import NumericsError
+
+__all__ = ["Adapter", "Adapters", "LowRank", "not_finite"]
+
+Adapter = tuple[Tensor, Tensor, float | int]
+
+# Directions of the adapters' joint span whose squared length is below this part of the largest are rounding.
+_RANK_PRECISION = 1e-12
+# A Cholesky factor of unit columns with a smaller pivot than this has lost too many digits to be a basis.
+_LEAST_PIVOT = 1e-4
+# From this pivot on, float32 factors keep float32's digits when they are made orthonormal in float32.
+_FLOAT32_PIVOT = 0.05
+
+
+def not_finite(index: int, count: int, what: str, wrong: int) -> NumericsError:
+    """The error for `wrong` entries of expert `index`, of `count`, that are NaN or infinite."""
+    return NumericsError(
+        f"expert {index} of {count}: its {what} has {wrong} NaN or infinite entr{'y' if wrong == 1 else 'ies'}, "
+        "expected finite numbers. Next: check that checkpoint, or leave the expert out."
+    )
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Task vectors A_i = a_i P_iQ_iᵀ for a batch of problems, P_i and Q_i of unit Frobenius norm (or zero)."""
+
+    left: Float[Tensor, "batch expert k r"]
+    right: Float[Tensor, "batch expert l r"]
+    sizes: Float[Tensor, "batch expert"]
+    """a_i ≥ 0, float64."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the factors are kept in."""
+        return self.left.dtype
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def __getitem__(self, chunk: slice | list[int]) -> "LowRank":
+        return LowRank(self.left[chunk], self.right[chunk], self.sizes[chunk])
+
+    @property
+    def mT(self) -> "LowRank":  # noqa: N802  (as tensors spell it)
+        """The transposed task vectors."""
+        return LowRank(self.right, self.left, self.sizes)
+
+    def over(self, unit: Float[Tensor, " batch"]) -> "LowRank":
+        """Every member's task vectors divided by its unit."""
+        return LowRank(self.left, self.right, self.sizes / unit.unsqueeze(-1))
+
+    def double(self) -> "LowRank":
+        """The same in float64."""
+        return LowRank(self.left.double(), self.right.double(), self.sizes)
+
+    def float(self) -> "LowRank":
+        """The same in float32."""
+        return LowRank(self.left.float(), self.right.float(), self.sizes)
+
+    def norm_sq(self) -> Float[Tensor, "batch expert"]:
+        """‖A_i‖²_F, float64."""
+        overlap = ((self.left.mT @ self.left) * (self.right.mT @ self.right)).sum((-2, -1)).double()
+        return self.sizes.square() * overlap.clamp_min(0)
+
+    def dense(self) -> Float[Tensor, "batch expert k l"]:
+        """The task vectors as matrices."""
+        return (self.left * self.sizes.to(self.dtype)[..., None, None]) @ self.right.mT
+
+
+class Span:
+    """The joint column space of every expert's factor of one side, from the stack's Gram matrix in float64."""
+
+    def __init__(self, stack: Float[Tensor, "flat side stacked"], experts: int) -> None:
+        self.stack = stack
+        wide = stack.double()
+        # The factors of adapters are tall and few: half a Gram matrix costs a fifth less than a whole one.
+        half = stack.shape[-1] // 2
+        lower = wide.mT @ wide[..., :half]
+        rest = wide[..., half:].mT @ wide[..., half:]
+        self.gram = torch.cat([lower, torch.cat([lower[..., half:, :].mT, rest], -2)], -1)
+        self.experts = experts
+
+    def finite(self) -> bool:
+        """Whether no factor has a NaN or infinite entry (nor one whose square is)."""
+        return bool(self.gram.diagonal(dim1=-2, dim2=-1).sum().isfinite())
+
+    def blocks(self) -> Float[Tensor, "flat expert r r"]:
+        """Every expert's own Gram matrix."""
+        flat, rank = len(self.gram), self.stack.shape[-1] // self.experts
+        split = self.gram.reshape(flat, self.experts, rank, self.experts, rank)
+        return split.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+    def basis(self) -> tuple[Float[Tensor, "flat side k"], Float[Tensor, "flat expert k r"]]:
+        """An orthonormal basis Q, in the stack's dtype, and float64 F_i for which Q·F_i are the factors."""
+        tiny = torch.finfo(torch.float64).tiny
+        # Columns of unit length first: factors of very different size keep their digits.
+        size = self.gram.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
+        safe = size.clamp_min(tiny)
+        products = self.gram / safe / safe.mT
+        factor, info = torch.linalg.cholesky_ex(products)
+        least_pivot = float(factor.diagonal(dim1=-2, dim2=-1).amin())
+        rows, columns = self.stack.shape[-2:]
+        if columns <= rows and least_pivot > _LEAST_PIVOT and not bool(info.any()):
+            identity = torch.eye(columns, dtype=torch.float64, device=size.device).expand_as(factor)
+            inverse = torch.linalg.solve_triangular(factor, identity, upper=False).mT / safe.mT
+            inside = factor.mT * size
+            precise = least_pivot < _FLOAT32_PIVOT
+        else:
+            # Factors that share directions: those that are rounding are left out.
+            values, vectors = torch.linalg.eigh(products)
+            least = _RANK_PRECISION * values[:, -1:].clamp_min(tiny)
+            kept = max(1, min(rows, int((values > least).sum(-1).max())))
+            roots = values[:, None, -kept:].clamp_min(least.unsqueeze(1)).sqrt()
+            vectors = vectors[..., -kept:]
+            inverse, inside, precise = vectors / roots / safe.mT, (roots * vectors).mT * size, True
+        if precise:
+            basis = (self.stack.double() @ inverse).to(self.stack.dtype)
+        else:
+            basis = self.stack @ inverse.to(self.stack.dtype)
+        return basis, inside.reshape(*inside.shape[:-1], self.experts, -1).transpose(1, 2)
+
+
+class Adapters:
+    """One adapter an expert, (B `[*batch, out, r]`, A `[*batch, r, in]`, scaling) for the delta scaling·B A.
+
+    Ranks may differ. Raises NumericsError, naming the expert, for factors that are not finite or do not fit together.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        _check_shapes(adapters)
+        self.count = len(adapters)
+        self.batch = tuple(adapters[0][0].shape[:-2])
+        self.size = (adapters[0][0].shape[-2], adapters[0][1].shape[-1])
+        float64 = any(factor.dtype == torch.float64 for b, a, _ in adapters for factor in (b, a))
+        self.dtype = torch.float64 if float64 else torch.float32
+        self.scaling = torch.tensor([float(one[2]) for one in adapters], dtype=torch.float64)
+        self.scaling = self.scaling.to(adapters[0][0].device)
+        # Rows of A and columns of B are stacked as they lie in memory.
+        self.left = Span(self._stack([b for b, _, _ in adapters], -1), self.count)
+        self.right = Span(self._stack([a for _, a, _ in adapters], -2).mT, self.count)
+        if not (self.left.finite() and self.right.finite() and bool(self.scaling.isfinite().all())):
+            _name_not_finite(adapters)
+
+    def _stack(self, factors: Sequence[Tensor], along: int) -> Tensor:
+        largest = max(factor.shape[along] for factor in factors)
+        padded = []
+        for factor in factors:
+            missing = largest - factor.shape[along]
+            room = (0, missing) if along == -1 else (0, 0, 0, missing)
+            flat = factor.to(self.dtype).reshape(-1, *factor.shape[-2:])
+            padded.append(torch.nn.functional.pad(flat, room) if missing else flat)
+        return torch.cat(padded, along)
+
+    def norm_sq(self) -> Float[Tensor, "flat expert"]:
+        """‖A_i‖²_F, float64."""
+        overlap = (self.left.blocks() * self.right.blocks()).sum((-2, -1))
+        return self.scaling.square() * overlap.clamp_min(0)
+
+    def within(self) -> tuple[Float[Tensor, "flat out k"], LowRank, Float[Tensor, "flat in l"]]:
+        """Orthonormal bases Q and V of both sides, and the float64 task vectors X_i with A_i = Q X_i Vᵀ."""
+        left, lefts = self.left.basis()
+        right, rights = self.right.basis()
+        tiny = torch.finfo(torch.float64).tiny
+        own, across = (torch.linalg.vector_norm(one, dim=(-2, -1), keepdim=True) for one in (lefts, rights))
+        lefts = lefts / own.clamp_min(tiny) * self.scaling.sign()[:, None, None]
+        sizes = (own * across).flatten(1) * self.scaling.abs()
+        return left, LowRank(lefts, rights / across.clamp_min(tiny), sizes), right
+
+
+def _check_shapes(adapters: Sequence[Adapter]) -> None:
+    if not adapters:
+        raise NumericsError("deltas: got no adapters, expected at least one (B, A, scaling). Next: give the experts.")
+    first_b, first_a = adapters[0][0], adapters[0][1]
+    for index, (b, a, _) in enumerate(adapters):
+        same_rank = min(b.ndim, a.ndim) >= 2 and b.shape[-1] == a.shape[-2] and b.shape[:-2] == a.shape[:-2]
+        same_size = (*b.shape[:-1], a.shape[-1]) == (*first_b.shape[:-1], first_a.shape[-1])
+        if not (same_rank and same_size and b.is_floating_point() and a.is_floating_point()):
+            raise NumericsError(
+                f"expert {index} of {len(adapters)}: got B {list(b.shape)} and A {list(a.shape)}, expected "
+                "B [*batch, out, r] and A [*batch, r, in] in floating point that fit together and give "
+                f"{[*first_b.shape[:-1], first_a.shape[-1]]}, as expert 0 does. Next: pass one matrix's adapters."
+            )
+
+
+def _name_not_finite(adapters: Sequence[Adapter]) -> None:
+    for index, (b, a, scaling) in enumerate(adapters):
+        for name, factor in (("B", b), ("A", a)):
+            wrong = int((~factor.isfinite()).sum())
+            if wrong:
+                raise not_finite(index, len(adapters), f"factor {name}", wrong)
+        if not math.isfinite(scaling):
+            raise not_finite(index, len(adapters), "scaling", 1)
+    raise NumericsError(
+        f"the factors of {len(adapters)} adapters: got entries whose squares overflow float64, expected entries below "
+        "1e150. Next: scale the adapters down."
+    )
