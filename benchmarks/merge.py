@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,11 +142,13 @@ Seconds = dict[str, list[tuple[float, float]]]
 """Of each run, round by round: seconds on the clock, and processor seconds of all threads."""
 
 
-def take_turns(runs: Mapping[str, Callable[[], None]], rounds: int | None = None) -> Seconds:
-    """Seconds of each run, round by round, in turns."""
+def take_turns(runs: Mapping[str, Callable[[], None]], outputs: Sequence[Path]) -> Seconds:
+    """Seconds of each run, round by round, in turns; no run finds any of the `outputs`, its own or another's."""
     seconds: Seconds = {name: [] for name in runs}
-    for _ in range(rounds or ROUNDS):
+    for _ in range(ROUNDS):
         for name, run in runs.items():
+            for out in outputs:
+                shutil.rmtree(out, ignore_errors=True)
             clock, processor = time.perf_counter(), time.process_time()
             run()
             seconds[name].append((time.perf_counter() - clock, time.process_time() - processor))
@@ -192,7 +194,8 @@ def run_floor(work: Path, table: Table, size: Size) -> None:
         return lambda: void(merge(base, experts, out / method, MergeParams.model_validate({"method": method})))
 
     runs = {"floor of 4 full experts": lambda: floor(base, experts, work / "floor-out")}
-    seconds = take_turns({**runs, "mean": ours("mean"), "task_arithmetic": ours("task_arithmetic")})
+    runs |= {method: ours(method) for method in ("mean", "task_arithmetic")}
+    seconds = take_turns(runs, [work / "floor-out", out / "mean", out / "task_arithmetic"])
     compare(table, "floor of 4 full experts", seconds, {"mean": 1.5, "task_arithmetic": 1.5})
 
 
@@ -210,7 +213,8 @@ def run_lora(work: Path, table: Table, size: Size) -> None:
         return lambda: void(merge(base, adapters, work / "out" / "lora", MergeParams.model_validate({"side": side})))
 
     runs |= {f"poe, 8 adapters r=16, side {side}": ours(side) for side in ("both", "output")}
-    compare(table, "floor of the base alone", take_turns(runs), {"poe, 8 adapters r=16, side both": 3.0})
+    outputs = [work / "floor-out", work / "out" / "lora"]
+    compare(table, "floor of the base alone", take_turns(runs, outputs), {"poe, 8 adapters r=16, side both": 3.0})
 
 
 def peak(command: list[str]) -> tuple[float, float]:

@@ -282,7 +282,7 @@ def _factored(
     theta = solution.theta
     assert isinstance(theta, Factored)
     settings = with_length(settings, adapters, base)
-    left, right = (theta.Q @ theta.X).to(torch.float32), theta.V.to(torch.float32)
+    left, right = (one.to(torch.float32) for one in theta.pair())
     left, right = (right, left) if transposed else (left, right)
     return Merged(_add_product(name, base, left, right, settings.multiple, dtype), _entry(solution, experts, settings))
 

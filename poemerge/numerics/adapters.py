@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poemerge.errors import NumericsError
+from poemerge.numerics.solution import Basis
 
 __all__ = ["Adapter", "Adapters", "LowRank", "not_finite"]
 
@@ -18,7 +19,7 @@ Adapter = tuple[Tensor, Tensor, float | int]
 _RANK_PRECISION = 1e-12
 # A Cholesky factor of unit columns with a smaller pivot than this has lost too many digits to be a basis.
 _LEAST_PIVOT = 1e-4
-# From this pivot on, float32 factors keep float32's digits when they are made orthonormal in float32.
+# From this pivot on, factors keep the digits of their dtype when they are made orthonormal in it.
 _FLOAT32_PIVOT = 0.05
 
 
@@ -100,8 +101,8 @@ class Span:
         split = self.gram.reshape(flat, self.experts, rank, self.experts, rank)
         return split.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
-    def basis(self) -> tuple[Float[Tensor, "flat side k"], Float[Tensor, "flat expert k r"]]:
-        """An orthonormal basis Q, in the stack's dtype, and float64 F_i for which Q·F_i are the factors."""
+    def basis(self) -> tuple[Basis, Float[Tensor, "flat expert k r"]]:
+        """An orthonormal basis Q, and float64 F_i for which Q·F_i are the factors."""
         tiny = torch.finfo(torch.float64).tiny
         # Columns of unit length first: factors of very different size keep their digits.
         size = self.gram.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
@@ -114,7 +115,7 @@ class Span:
             identity = torch.eye(columns, dtype=torch.float64, device=size.device).expand_as(factor)
             inverse = torch.linalg.solve_triangular(factor, identity, upper=False).mT / safe.mT
             inside = factor.mT * size
-            precise = least_pivot < _FLOAT32_PIVOT
+            well_conditioned = least_pivot >= _FLOAT32_PIVOT
         else:
             # Factors that share directions: those that are rounding are left out.
             values, vectors = torch.linalg.eigh(products)
@@ -122,11 +123,8 @@ class Span:
             kept = max(1, min(rows, int((values > least).sum(-1).max())))
             roots = values[:, None, -kept:].clamp_min(least.unsqueeze(1)).sqrt()
             vectors = vectors[..., -kept:]
-            inverse, inside, precise = vectors / roots / safe.mT, (roots * vectors).mT * size, True
-        if precise:
-            basis = (self.stack.double() @ inverse).to(self.stack.dtype)
-        else:
-            basis = self.stack @ inverse.to(self.stack.dtype)
+            inverse, inside, well_conditioned = vectors / roots / safe.mT, (roots * vectors).mT * size, False
+        basis = Basis(self.stack, inverse, well_conditioned)
         return basis, inside.reshape(*inside.shape[:-1], self.experts, -1).transpose(1, 2)
 
 
@@ -166,7 +164,7 @@ class Adapters:
         overlap = (self.left.blocks() * self.right.blocks()).sum((-2, -1))
         return self.scaling.square() * overlap.clamp_min(0)
 
-    def within(self) -> tuple[Float[Tensor, "flat out k"], LowRank, Float[Tensor, "flat in l"]]:
+    def within(self) -> tuple[Basis, LowRank, Basis]:
         """Orthonormal bases Q and V of both sides, and the float64 task vectors X_i with A_i = Q X_i Vᵀ."""
         left, lefts = self.left.basis()
         right, rights = self.right.basis()

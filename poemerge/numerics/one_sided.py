@@ -23,7 +23,8 @@ def inner(many: Float[Tensor, "batch expert i j"], one: Float[Tensor, "batch i j
 
 def dot(a: Float[Tensor, "batch i j"], b: Float[Tensor, "batch i j"]) -> Float[Tensor, " batch"]:
     """⟨X, Y⟩, each row in the tensors' own dtype and the sum over rows in float64."""
-    return (a * b).sum(-1).double().sum(-1)
+    products: Tensor = torch.linalg.vecdot(a, b).double().sum(-1)
+    return products
 
 
 def norm_sq(matrices: Float[Tensor, "*many i j"]) -> Float[Tensor, "*many"]:

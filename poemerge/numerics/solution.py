@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from poemerge.numerics.posterior import Posterior
 
-__all__ = ["Factored", "Outcome", "Solution", "join"]
+__all__ = ["Basis", "Factored", "Outcome", "Solution", "join"]
 
 
 @dataclass(frozen=True)
@@ -53,29 +54,73 @@ FAILED = Outcome(
 
 
 @dataclass(frozen=True)
+class Basis:
+    """Orthonormal columns S·T that span a stack S of factors, multiplied out when somebody asks for them.
+
+    `well_conditioned`: S·T keeps the digits of S's dtype when it is multiplied out in it.
+    """
+
+    stack: Float[Tensor, "*batch side stacked"]
+    transform: Float[Tensor, "*batch stacked k"]
+    """T, float64."""
+    well_conditioned: bool
+
+    @cached_property
+    def columns(self) -> Float[Tensor, "*batch side k"]:
+        """S·T, in the dtype of S."""
+        columns: Tensor
+        if self.well_conditioned:
+            columns = self.stack @ self.transform.to(self.stack.dtype)
+        else:
+            columns = (self.stack.double() @ self.transform).to(self.stack.dtype)
+        return columns
+
+    def __getitem__(self, index: int) -> "Basis":
+        return Basis(self.stack[index], self.transform[index], self.well_conditioned)
+
+
 class Factored:
     """A low-rank matrix Θ = Q X Vᵀ, with orthonormal columns in Q `[*batch, out, k]` and V `[*batch, in, l]`."""
 
-    Q: Float[Tensor, "*batch out k"]
-    X: Float[Tensor, "*batch k l"]
-    V: Float[Tensor, "*batch in l"]
+    def __init__(self, Q: Tensor | Basis, X: Float[Tensor, "*batch k l"], V: Tensor | Basis) -> None:
+        self._left, self.X, self._right = Q, X, V
+
+    @property
+    def Q(self) -> Float[Tensor, "*batch out k"]:  # noqa: N802
+        """Orthonormal basis of the columns."""
+        return self._left.columns if isinstance(self._left, Basis) else self._left
+
+    @property
+    def V(self) -> Float[Tensor, "*batch in l"]:  # noqa: N802
+        """Orthonormal basis of the rows."""
+        return self._right.columns if isinstance(self._right, Basis) else self._right
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the dense matrix."""
-        return torch.Size((*self.Q.shape[:-1], self.V.shape[-2]))
+        left, right = (one.stack if isinstance(one, Basis) else one for one in (self._left, self._right))
+        return torch.Size((*left.shape[:-1], right.shape[-2]))
 
     @property
     def dtype(self) -> torch.dtype:
         """Element type of the factors."""
         return self.X.dtype
 
+    def pair(self) -> tuple[Float[Tensor, "*batch out k"], Float[Tensor, "*batch in k"]]:
+        """Two thin matrices L and R with Θ = L Rᵀ, by as few products as there may be."""
+        one, other = self._left, self._right
+        if isinstance(one, Basis) and isinstance(other, Basis) and one.well_conditioned and other.well_conditioned:
+            middle = one.transform @ self.X.double() @ other.transform.mT
+            return one.stack @ middle.to(self.dtype), other.stack
+        return self.Q @ self.X, self.V
+
     def dense(self) -> Float[Tensor, "*batch out in"]:
         """Q X Vᵀ."""
-        return self.Q @ self.X @ self.V.mT
+        left, right = self.pair()
+        return left @ right.mT
 
     def __getitem__(self, index: int) -> "Factored":
-        return Factored(self.Q[index], self.X[index], self.V[index])
+        return Factored(self._left[index], self.X[index], self._right[index])
 
 
 @dataclass(frozen=True)

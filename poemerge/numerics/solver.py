@@ -17,7 +17,7 @@ from poemerge.numerics.majorise import Mode, find_mode, settled_gap
 from poemerge.numerics.one_sided import OneSided, norm_sq
 from poemerge.numerics.posterior import Posterior, Side
 from poemerge.numerics.precision import full_precision, working_dtype
-from poemerge.numerics.solution import Factored, Outcome, Solution, join
+from poemerge.numerics.solution import Basis, Factored, Outcome, Solution, join
 from poemerge.numerics.thin import ThinOneSided, ThinTwoSided
 from poemerge.numerics.two_sided import TwoSided
 
@@ -256,12 +256,13 @@ def _solve_factored(adapters: Adapters, settings: _Settings) -> Solution:
     if isinstance(settings.init, Tensor):
         raise _bad("init", "a tensor", '"gaussian" or "mean" for factored deltas', "densify the adapters first")
     left, cores, right = adapters.within()
-    scales = _expert_scales(settings.scale, adapters.batch, adapters.count, left.device)
+    device = cores.left.device
+    scales = _expert_scales(settings.scale, adapters.batch, adapters.count, device)
     if adapters.dtype == torch.float32 and settings.rtol >= _FLOAT32_RTOL:
         cores = cores.float()
-    narrow = _THIN * cores.left.shape[-1] <= min(left.shape[-1], right.shape[-1])
+    narrow = _THIN * cores.left.shape[-1] <= min(cores.left.shape[-2], cores.right.shape[-2])
     given: Tensor | LowRank = cores if narrow else cores.dense()
-    stride = 1 if left.device.type == "cpu" else max(1, len(given))
+    stride = 1 if device.type == "cpu" else max(1, len(given))
     members: list[Solution] = []
     for first in range(0, len(given), stride):
         chunk = slice(first, first + stride)
@@ -271,8 +272,8 @@ def _solve_factored(adapters: Adapters, settings: _Settings) -> Solution:
     return join(lifted, adapters.batch, single=not adapters.batch)
 
 
-def _lift(member: Solution, left: Tensor, right: Tensor) -> Solution:
-    theta = Factored(left, member.dense().to(left.dtype), right)
+def _lift(member: Solution, left: Basis, right: Basis) -> Solution:
+    theta = Factored(left, member.dense().to(left.stack.dtype), right)
 
     def posterior() -> Posterior:
         return replace(member.posterior, mean=theta)

@@ -167,8 +167,8 @@ class ThinTwoSided(_Thin, Kronecker):
 
         def operate(theta: Tensor) -> Tensor:
             across = (weighed @ (self._seen(theta) @ self.right)).transpose(1, 2).flatten(2)
-            out: Tensor = across @ rights + (summed @ theta) * self.pooled + prior * theta
-            return out
+            out: Tensor = across @ rights
+            return out.addcmul_(summed @ theta, self.pooled).addcmul_(prior, theta)
 
         return operate
 

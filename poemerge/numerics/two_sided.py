@@ -87,11 +87,11 @@ class Kronecker:
         weights, shrink = weights.to(dtype), prior.to(dtype)[:, None, None]
         scaled = (weights.unsqueeze(-1) * self.left_diagonal).mT @ self.right_diagonal + shrink
         precondition = 1 / scaled.clamp_min(torch.finfo(dtype).eps * scaled.amax((-1, -2), keepdim=True))
-        step = torch.zeros_like(right) if start is None else start
+        step = torch.zeros_like(right) if start is None else start.clone()
         operate = self._operator(weights, shrink)
-        misfit = right if start is None else right - operate(step)
+        misfit = right.clone() if start is None else right - operate(step)
         conditioned = precondition * misfit
-        direction = conditioned
+        direction = conditioned.clone()
         power = dot(misfit, direction)
         goal = max(rtol, 4 * torch.finfo(dtype).eps) ** 2
         for _ in range(_MAX_CONJUGATE_STEPS):
@@ -102,12 +102,12 @@ class Kronecker:
             image = operate(direction)
             curvature = dot(direction, image)
             length = torch.where(active & (curvature > 0), power / curvature, 0.0).to(dtype)[:, None, None]
-            step = step + length * direction
-            misfit = misfit - length * image
-            conditioned = precondition * misfit
+            step.addcmul_(length, direction)
+            misfit.addcmul_(length, image, value=-1)
+            torch.mul(precondition, misfit, out=conditioned)
             previous, power = power, dot(misfit, conditioned)
             ratio = torch.where(previous > 0, power / previous, 0.0).to(dtype)[:, None, None]
-            direction = conditioned + ratio * direction
+            direction.mul_(ratio).add_(conditioned)
         return step
 
     def enter(self, theta: Float[Tensor, "batch *expert out in"]) -> Float[Tensor, "batch *expert out in"]:
@@ -206,16 +206,16 @@ class TwoSided(Kronecker, Referenced):
 
             def wide(theta: Tensor) -> Tensor:
                 narrow = own @ (theta.unsqueeze(1) @ unit.mT)
-                out: Tensor = narrow.transpose(1, 2).flatten(2) @ long + (summed @ theta) * self.pooled + prior * theta
-                return out
+                out: Tensor = narrow.transpose(1, 2).flatten(2) @ long
+                return out.addcmul_(summed @ theta, self.pooled).addcmul_(prior, theta)
 
             return wide
         long = (heavy * (unit if left is None else left)).transpose(1, 2).flatten(2)
 
         def tall(theta: Tensor) -> Tensor:
             narrow = theta.unsqueeze(1) if left is not None else unit.mT @ theta.unsqueeze(1)
-            out: Tensor = long @ (narrow @ right).flatten(1, 2) + prior * theta
-            return out
+            out: Tensor = long @ (narrow @ right).flatten(1, 2)
+            return out.addcmul_(prior, theta)
 
         return tall
 
