@@ -68,11 +68,6 @@ class LowRank:
         """The same in float32."""
         return LowRank(self.left.float(), self.right.float(), self.sizes)
 
-    def norm_sq(self) -> Float[Tensor, "batch expert"]:
-        """‖A_i‖²_F, float64."""
-        overlap = ((self.left.mT @ self.left) * (self.right.mT @ self.right)).sum((-2, -1)).double()
-        return self.sizes.square() * overlap.clamp_min(0)
-
     def dense(self) -> Float[Tensor, "batch expert k l"]:
         """The task vectors as matrices."""
         return (self.left * self.sizes.to(self.dtype)[..., None, None]) @ self.right.mT

@@ -13,18 +13,23 @@ _FLOAT64_ROWS = 1024
 # From this many rows on a CPU, a Gram matrix is worth its blocks.
 _BLOCKED_ROWS = 512
 _BLOCKS = 4
+# Inner products sum this many entries in the tensors' own dtype at a time: long rows for speed, few for the digits.
+_INNER_ENTRIES = 1 << 14
 
 
 def inner(many: Float[Tensor, "batch expert i j"], one: Float[Tensor, "batch i j"]) -> Float[Tensor, "batch expert"]:
-    """⟨X_i, Y⟩ for every expert, each row in the tensors' own dtype and the sum over rows in float64."""
-    rows = many.transpose(1, 2) @ one.unsqueeze(-1)
-    return rows.squeeze(-1).double().sum(1)
+    """⟨X_i, Y⟩ for every expert: some rows at a time in the tensors' own dtype, and the sum over those in float64."""
+    rows = max(1, _INNER_ENTRIES // many.shape[-1])
+    total = torch.zeros(many.shape[:2], dtype=torch.float64, device=many.device)
+    for first in range(0, many.shape[-2], rows):
+        end = first + rows
+        total += (many[:, :, first:end].flatten(2) @ one[:, first:end].flatten(1).unsqueeze(-1)).squeeze(-1)
+    return total
 
 
 def dot(a: Float[Tensor, "batch i j"], b: Float[Tensor, "batch i j"]) -> Float[Tensor, " batch"]:
-    """⟨X, Y⟩, each row in the tensors' own dtype and the sum over rows in float64."""
-    products: Tensor = torch.linalg.vecdot(a, b).double().sum(-1)
-    return products
+    """⟨X, Y⟩, as `inner` takes it."""
+    return inner(a.unsqueeze(1), b).squeeze(1)
 
 
 def norm_sq(matrices: Float[Tensor, "*many i j"]) -> Float[Tensor, "*many"]:

@@ -307,7 +307,7 @@ def _solve_core(
 def _unit(given: Float[Tensor, "batch expert k l"] | LowRank) -> Float[Tensor, " batch"]:
     """A power of two near the deltas' common size, float64: divided out it changes no digit, and nothing overflows."""
     if isinstance(given, LowRank):
-        largest = given.norm_sq().amax(-1).sqrt()
+        largest = given.sizes.amax(-1)
         least = torch.finfo(torch.float64).tiny
     else:
         low, high = torch.aminmax(given.flatten(1), dim=1)
@@ -327,8 +327,10 @@ def _problem(
         factors = given.over(unit)
         factors = factors.mT if settings.side == "input" else factors
         if settings.side == "both":
-            return ThinTwoSided(factors, rows * columns, settings.pooling), factors.norm_sq()
-        return ThinOneSided(factors, rows), factors.norm_sq()
+            thin: ThinOneSided | ThinTwoSided = ThinTwoSided(factors, rows * columns, settings.pooling)
+        else:
+            thin = ThinOneSided(factors, rows)
+        return thin, thin.norm_sq
     deltas = given * (1 / unit).to(given.dtype)[:, None, None, None]
     if settings.side == "input":
         deltas = deltas.mT.contiguous()

@@ -18,6 +18,8 @@ class _Thin(Referenced):
     problems: Z_i(Θ) = Z_i(C) + P_iᵀ(Θ − C)."""
 
     mean_over: int
+    norm_sq: Float[Tensor, "batch expert"]
+    """‖A_i‖²_F."""
     trace: Float[Tensor, "batch expert"]
     start_residual_sq: Float[Tensor, "batch expert"]
 
@@ -95,7 +97,7 @@ class ThinOneSided(_Thin):
         self._set(left, middle, deltas.right, ones)
         self._refer(self._mean(ones))
         self.half = left @ middle
-        self.trace = _sum(self.half * left).clamp_min(0)
+        self.trace = self.norm_sq = _sum(self.half * left).clamp_min(0)
 
     def mean_diagonal(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, " batch"]:
         """Mean diagonal entry of Σ w_i G_i."""
@@ -145,6 +147,7 @@ class ThinTwoSided(_Thin, Kronecker):
         present = (shrink > 0).sum(1).clamp_min(1).to(dtype)
         self.pooled = (summed.clamp_min(0) / present[..., 0]).unsqueeze(-2)
         sizes = length * deltas.sizes
+        self.norm_sq = sizes.square()
         self._set(left, middle, right, sizes)
         self._refer(self._mean(sizes))
         self.left_diagonal = ((left @ middle) * left).sum(-1)
