@@ -13,6 +13,7 @@ from poemerge.checkpoints import ExpertSet, Shard, plan_shards
 from poemerge.checkpoints.safetensors_file import FLOATS
 from poemerge.errors import BadInputError, Problem
 from poemerge.merging.settings import ELEMENTWISE, ParameterSettings, Selection, resolve
+from poemerge.numerics.solver import FLOAT32_RTOL, THIN
 from poemerge.params import MergeParams, Side, parse_bytes
 
 __all__ = ["Action", "ParameterPlan", "Plan", "Unit", "make_plan"]
@@ -43,6 +44,8 @@ class ParameterPlan:
     factored: bool
     transposed: bool
     why: str = ""
+    rank: int = 0
+    """Of a factored parameter: the largest of its adapters' ranks."""
 
     @property
     def entries(self) -> int:
@@ -166,7 +169,18 @@ def _parameter(experts: ExpertSet, params: MergeParams, selection: Selection, na
     settings = resolve(params, selection, name, experts.rule(name))
     factored = experts.is_factored(name) and settings.method == "poe"
     action: Action = "averaged" if settings.method in {"average", "mean"} else "merged"
-    return ParameterPlan(name, shape, stored, dtype, action, settings, touching, factored, experts.transposed(name))
+    return ParameterPlan(
+        name,
+        shape,
+        stored,
+        dtype,
+        action,
+        settings,
+        touching,
+        factored,
+        experts.transposed(name),
+        rank=max(experts.experts[expert].rank(name) for expert in touching) if factored else 0,
+    )
 
 
 def _units(parameters: Sequence[ParameterPlan], limit: int, batch: bool) -> Iterator[Unit]:
@@ -225,14 +239,26 @@ def _memory(p: ParameterPlan) -> int:
     assert p.settings is not None
     stored = p.entries * (p.stored.itemsize + p.dtype.itemsize + 8)
     if p.factored:
-        # Bases of at most min(out, in) columns, in float64 while they are made; the cores are small beside them.
-        width = sum(p.shape) * min(*p.shape, 64 * len(p.experts))
-        return stored + 3 * 8 * width
+        return stored + _factored_memory(p)
     stack = 4 * p.entries * len(p.experts)
     own = _working_sets(p)
     if len(p.shape) == 3:  # a stack of matrices is solved one by one
         return stored + 2 * stack + int(own * stack / p.shape[0])
     return stored + int((1 + own) * stack)
+
+
+def _factored_memory(p: ParameterPlan) -> int:
+    """Stacks of the adapters' factors, Gram matrices in float64, and what is solved within the joint subspaces."""
+    assert p.settings is not None
+    count, rank = len(p.experts), p.rank
+    stacked = count * rank
+    rows, columns = (min(side, stacked) for side in p.shape)
+    width = 4 if p.settings.rtol >= FLOAT32_RTOL else 8
+    spans = 24 * sum(p.shape) * stacked + 64 * stacked**2
+    if THIN * rank <= min(rows, columns):
+        return spans + 32 * width * stacked**2
+    core = replace(p, shape=(rows, columns), factored=False, transposed=False)
+    return spans + int(width * (1 + _working_sets(core)) * count * rows * columns)
 
 
 def _working_sets(p: ParameterPlan) -> float:
@@ -246,7 +272,7 @@ def _working_sets(p: ParameterPlan) -> float:
     rows, columns = (p.shape[-2:] if len(p.shape) > 1 else (1, p.entries))[:: -1 if p.transposed else 1]
     count = len(p.experts)
     if p.settings.side == "both":
-        return 8 + 28 / count + (rows / columns + columns / rows) / 2
+        return 9 + 28 / count + (rows / columns + columns / rows) / 2
     return 5.5 + 8 / count + 3 * (rows / columns if p.settings.side == "output" else columns / rows)
 
 

@@ -30,9 +30,9 @@ Prior = Literal["relative", "absolute"]
 # "fitted" never takes experts to agree better than this fraction of ‖R_i(0)‖²: the scale must stay above zero.
 _LEAST_FITTED = 1e-6
 # Adapters are worked on through their rank where their joint span is at least this many times as wide.
-_THIN = 3
+THIN = 3
 # From this rtol on the small problem of float32 adapters runs in float32, else in float64.
-_FLOAT32_RTOL = 1e-3
+FLOAT32_RTOL = 1e-3
 
 
 def solve(
@@ -258,9 +258,9 @@ def _solve_factored(adapters: Adapters, settings: _Settings) -> Solution:
     left, cores, right = adapters.within()
     device = cores.left.device
     scales = _expert_scales(settings.scale, adapters.batch, adapters.count, device)
-    if adapters.dtype == torch.float32 and settings.rtol >= _FLOAT32_RTOL:
+    if adapters.dtype == torch.float32 and settings.rtol >= FLOAT32_RTOL:
         cores = cores.float()
-    narrow = _THIN * cores.left.shape[-1] <= min(cores.left.shape[-2], cores.right.shape[-2])
+    narrow = THIN * cores.left.shape[-1] <= min(cores.left.shape[-2], cores.right.shape[-2])
     given: Tensor | LowRank = cores if narrow else cores.dense()
     stride = 1 if device.type == "cpu" else max(1, len(given))
     members: list[Solution] = []
