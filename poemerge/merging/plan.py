@@ -294,8 +294,8 @@ def _flops(experts: ExpertSet, p: ParameterPlan) -> float:
     stacked = p.entries / max(rows * columns, 1)
     if p.factored:
         rank = sum(experts.experts[name].rank(p.name) for name in p.experts)
-        return 2.0 * rank * rows * columns + 8.0 * rank**2 * (rows + columns) + 120.0 * n * rank**3
+        return 2.0 * rank * rows * columns + 8.0 * rank**2 * (rows + columns) + 320.0 * rank**3
     if p.settings.method != "poe":
         return 20.0 * n * rows * columns * min(rows, columns)
     products = 2.0 * n * rows * columns * (rows + columns)
-    return stacked * products * (60.0 if p.settings.side == "both" else 6.0)
+    return stacked * products * (12.0 if p.settings.side == "both" else 2.0)
