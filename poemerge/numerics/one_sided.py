@@ -19,6 +19,8 @@ _INNER_ENTRIES = 1 << 14
 
 def inner(many: Float[Tensor, "batch expert i j"], one: Float[Tensor, "batch i j"]) -> Float[Tensor, "batch expert"]:
     """⟨X_i, Y⟩ for every expert: some rows at a time in the tensors' own dtype, and the sum over those in float64."""
+    if many.device.type != "cpu":  # one row at a time, all of them at once
+        return (many.transpose(1, 2) @ one.unsqueeze(-1)).squeeze(-1).double().sum(1)
     rows = max(1, _INNER_ENTRIES // many.shape[-1])
     total = torch.zeros(many.shape[:2], dtype=torch.float64, device=many.device)
     for first in range(0, many.shape[-2], rows):
