@@ -1,0 +1,96 @@
+"""Adapters taken together: problems through their rank are the dense ones, and bases keep their digits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from poemerge import Factored, solve
+from poemerge.numerics.adapters import Adapters, LowRank
+from poemerge.numerics.one_sided import OneSided
+from poemerge.numerics.thin import ThinOneSided, ThinTwoSided
+from poemerge.numerics.two_sided import TwoSided
+
+
+def low_rank(batch: int, experts: int, rows: int, columns: int, rank: int) -> LowRank:
+    """Random task vectors of two sizes; the last expert of the last member is absent."""
+    generator = torch.Generator().manual_seed(7)
+
+    def unit(*shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return drawn / torch.linalg.vector_norm(drawn, dim=(-2, -1), keepdim=True)
+
+    sizes = torch.linspace(0.5, 2, batch * experts, dtype=torch.float64).reshape(batch, experts)
+    sizes[-1, -1] = 0
+    return LowRank(unit(batch, experts, rows, rank), unit(batch, experts, columns, rank), sizes)
+
+
+@pytest.mark.parametrize(("both", "pooling"), [(False, 0.0), (True, 0.0), (True, 0.5)])
+def test_through_the_rank_is_the_dense_problem(both: bool, pooling: float) -> None:
+    deltas = low_rank(2, 5, 14, 11, 3)
+    thin: ThinOneSided | ThinTwoSided
+    whole: OneSided | TwoSided
+    if both:
+        thin, whole = ThinTwoSided(deltas, 154, pooling), TwoSided(deltas.dense(), 154, pooling)
+    else:
+        thin, whole = ThinOneSided(deltas, 14), OneSided(deltas.dense(), 14)
+    close = {"rtol": 1e-8, "atol": 1e-12}
+    torch.testing.assert_close(thin.trace, whole.trace, **close)
+    torch.testing.assert_close(thin.start_residual_sq, whole.start_residual_sq, **close)
+    torch.testing.assert_close(thin.norm_sq, deltas.dense().square().sum((-2, -1)), **close)
+    weights = torch.tensor([[1.0, 2.0, 0.5, 3.0, 1.0], [1.0, 1.0, 4.0, 0.1, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(thin.mean_diagonal(weights), whole.mean_diagonal(weights), **close)
+    prior = 1e-2 * whole.mean_diagonal(weights)
+    found = [problem.minimise(weights, prior, None, 1e-12)[0] for problem in (thin, whole)]
+    torch.testing.assert_close(thin.leave(found[0]), whole.leave(found[1]), rtol=1e-6, atol=1e-9)
+    generator = torch.Generator().manual_seed(8)
+    places = [torch.randn(2, 14, 11, generator=generator, dtype=torch.float64) for _ in range(3)]
+    for again in range(2):  # about the mean, then about another reference
+        mine, theirs = ([problem.enter(place) for place in places] for problem in (thin, whole))
+        torch.testing.assert_close(thin.residual_sq(mine[0]), whole.residual_sq(theirs[0]), **close)
+        for one, other in zip(thin.expand(*mine), whole.expand(*theirs), strict=True):
+            torch.testing.assert_close(one, other, **close)
+        if not again:
+            thin._refer(thin.enter(places[1]))
+            whole._refer(whole.enter(places[1]))
+
+
+@pytest.mark.parametrize(("side", "nearly"), itertools.product(["output", "both"], [1.0, 1e-2, 1e-6]))
+def test_pair_and_bases_are_theta(side: str, nearly: float) -> None:
+    """Adapters that share their directions but for a part `nearly` still have orthonormal bases and the same theta."""
+    generator = torch.Generator().manual_seed(9)
+    common = torch.randn(40, 4, generator=generator), torch.randn(4, 30, generator=generator)
+    adapters = [
+        (
+            common[0] + nearly * torch.randn(40, 4, generator=generator),
+            common[1] + nearly * torch.randn(4, 30, generator=generator),
+            0.5,
+        )
+        for _ in range(4)
+    ]
+    theta = solve(adapters, side=side, rtol=1e-4).theta
+    assert isinstance(theta, Factored)
+    for basis in (theta.Q, theta.V):
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(basis.shape[1]), rtol=0, atol=2e-4)
+    left, right = theta.pair()
+    torch.testing.assert_close(left @ right.mT, theta.Q @ theta.X @ theta.V.mT, rtol=1e-4, atol=1e-5)
+    dense = torch.stack([scaling * (b.double() @ a.double()) for b, a, scaling in adapters])
+    exact = solve(dense, side=side, rtol=1e-8, max_steps=500).dense()
+    assert float((theta.dense() - exact).norm() / exact.norm()) < 1e-3
+
+
+def test_norms_and_spans_of_a_batch() -> None:
+    generator = torch.Generator().manual_seed(10)
+    adapters = [
+        (torch.randn(3, 12, rank, generator=generator), torch.randn(3, rank, 9, generator=generator), scaling)
+        for rank, scaling in ((1, -2.0), (2, 0.5), (2, 0.0))
+    ]
+    dense = torch.stack([scaling * (b @ a) for b, a, scaling in adapters], 1).double()
+    together = Adapters(adapters)
+    torch.testing.assert_close(together.norm_sq(), dense.square().sum((-2, -1)), rtol=1e-5, atol=1e-9)
+    left, inside, right = together.within()
+    spanned = left.columns.double().unsqueeze(1) @ inside.dense() @ right.columns.double().mT.unsqueeze(1)
+    torch.testing.assert_close(spanned, dense, rtol=1e-5, atol=1e-5)
