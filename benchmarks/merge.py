@@ -217,17 +217,27 @@ def run_lora(work: Path, table: Table, size: Size) -> None:
     compare(table, "floor of the base alone", take_turns(runs, outputs), {"poe, 8 adapters r=16, side both": 3.0})
 
 
+MEASURE = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+said = process.stderr.read()
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_maxrss, said[-2000:]]))
+"""
+
+
 def peak(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak resident GB) of a command, as /usr/bin/time -v counts them; raises when it fails."""
+    """(seconds, peak resident GB) of a command, as /usr/bin/time -v counts them; raises when it fails.
+
+    A small process starts it: Linux counts what the one that starts a program held to the program's own peak.
+    """
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command[:4])} … ended with {process.returncode}: {said[-2000:]}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
+    measured = subprocess.run([sys.executable, "-c", MEASURE, *command], stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.perf_counter() - started
+    code, kilobytes, said = json.loads(measured.stdout)
+    if code:
+        raise RuntimeError(f"{' '.join(command[:4])} … ended with {code}: {said}")
+    return seconds, kilobytes * 1024 / 1e9
 
 
 def command(base: Path, experts: Mapping[str, Path], out: Path, *flags: str) -> list[str]:
