@@ -333,8 +333,7 @@ def _textbook(deltas: torch.Tensor, eps: float, jitter: float, steps: int) -> to
 def run_released(work: Path, table: Table, size: Size) -> None:
     """Two layers of the same shapes, the same settings: whole runs, and the peak of each."""
     base, experts = make_models(work, Size(2, size.width), 4)
-    flags = ["--side", "output", "--scale", "task-norm", "--scale-factor", "0.3", "--prior", "absolute"]
-    ours = command(base, experts, work / "out" / "released-ours", *flags, "--prior-precision", "0.001")
+    ours = command(base, experts, work / "out" / "released-ours", "--preset", "paper-vit")
     theirs = [sys.executable, __file__, "--work", str(work), "--released-run", "--width", str(size.width)]
     figures: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
     for _ in range(2):
