@@ -25,7 +25,7 @@ from poemerge.merging.device import Transfer, choose_device
 from poemerge.merging.plan import ParameterPlan, Plan, Unit, make_plan
 from poemerge.merging.settings import Selection
 from poemerge.merging.staging import Staging
-from poemerge.merging.stream import processors, single_threaded, stream
+from poemerge.merging.stream import keep_freed_memory, processors, single_threaded, stream
 from poemerge.params import MergeParams
 
 __all__ = ["Job", "Progress", "open_job", "run_shards"]
@@ -83,6 +83,7 @@ def run_shards(
 
     Raises CheckpointError naming file, expert and tensor where an input is not finite.
     """
+    keep_freed_memory()
     work = _Work(experts, plan, staging, device, progress)
     try:
         with single_threaded():
