@@ -5,8 +5,8 @@
 Builds the zoo's benchmark setting first where it is not there. The default of poemerge is what params.py says when
 params.yaml says nothing; every baseline has the fixed setting of its own paper, named in the table. Scores are kept
 beside the zoo by what was merged, so an interrupted run goes on. The last line is the verdict, and the exit status says
-whether it holds: on clean experts our default leads the best baseline by 1.5 points on full fine-tunes and by 1 point
-on LoRA, outside the noise.
+whether it holds: in every table our default leads the best baseline by 1.5 points on full fine-tunes and by 1 point on
+LoRA, outside the noise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,9 +31,8 @@ from torch import Tensor
 
 import poemerge
 import poemerge.baselines as baselines
-from poemerge.checkpoints import ExpertSet
-from poemerge.merging.compute import solve_as_merged, with_length
-from poemerge.merging.settings import FamilyChoice, Selection, resolve
+from poemerge.checkpoints import ExpertSet, save_tensors
+from poemerge.merging import FamilyChoice, Selection, merge
 from poemerge.params import MergeParams
 from poemerge.zoo.build import build_zoo, read_zoo
 from poemerge.zoo.encoder import autocast, batches, embed, encode_texts, load_encoder
@@ -46,12 +47,6 @@ Deltas = dict[str, Tensor]
 Bits = dict[str, np.ndarray]
 
 
-def poe_default(deltas: Tensor, base: Tensor) -> Tensor:
-    """The merge that params.yaml gives when it says nothing, with the family that the tail fit selects on the zoo."""
-    settings = with_length(resolve(MergeParams(), SELECTED, "matrix", "matrix"), deltas, base)
-    return settings.multiple * solve_as_merged(deltas, settings).dense()
-
-
 def poe_paper(deltas: Tensor) -> Tensor:
     """The released setting for ViT-B/32: output side, Cauchy, scale 0.3‖A‖, absolute prior 1e-3."""
     settings: dict[str, Any] = {"side": "output", "scale": "task-norm", "scale_factor": 0.3, "prior": "absolute"}
@@ -60,8 +55,8 @@ def poe_paper(deltas: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """A merging method: `matrix` for the encoder's matrices (None: ours, which sees the base's weight too), `other`
-    for embeddings, biases and norms."""
+    """A merging method: `matrix` for the encoder's matrices (None: ours, which merges the experts' folders whole),
+    `other` for embeddings, biases and norms."""
 
     name: str
     matrix: Callable[[Tensor], Tensor] | None
@@ -105,9 +100,12 @@ class Bench:
 
     def deltas(self, kind: str) -> Deltas:
         """Every parameter's deltas `[expert, *shape]`, experts in the order of the tasks."""
+        return read_deltas(self.root / "base", self.folders(kind))
+
+    def folders(self, kind: str) -> dict[str, Path]:
+        """Every expert's folder by task."""
         suffix = "-lora" if kind == "lora" else ""
-        folders = {task: self.root / "experts" / (task + suffix) for task in self.tasks}
-        return read_deltas(self.root / "base", folders)
+        return {task: self.root / "experts" / (task + suffix) for task in self.tasks}
 
     def answers(self, theta: Deltas, tasks: list[str]) -> Bits:
         """Right or wrong, example by example, for each of `tasks`; computed once for the same weights."""
@@ -156,15 +154,42 @@ def is_matrix(name: str, deltas: Tensor) -> bool:
     return deltas.ndim == 3 and "embeddings" not in name
 
 
-def merged(deltas: Deltas, method: Method, base: Deltas) -> Deltas:
-    """Θ of every parameter by `method`."""
-    found = {}
-    for name, stack in deltas.items():
-        if not is_matrix(name, stack):
-            found[name] = method.other(stack)
-        else:
-            found[name] = poe_default(stack, base[name]) if method.matrix is None else method.matrix(stack)
-    return found
+def merged(deltas: Deltas, method: Method) -> Deltas:
+    """Θ of every parameter by a baseline."""
+    assert method.matrix is not None
+    return {
+        name: method.matrix(stack) if is_matrix(name, stack) else method.other(stack) for name, stack in deltas.items()
+    }
+
+
+def merged_by_us(base: Path, folders: dict[str, Path]) -> Deltas:
+    """Θ of every parameter as `poemerge merge` makes it when nothing is said, with the family that the tail fit selects
+    on the zoo."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "merged"
+        merge(base, folders, out, MergeParams(), SELECTED)
+        return {name: stack[0] for name, stack in read_deltas(base, {"merged": out}).items()}
+
+
+def corrupted_folders(
+    bench: Bench, kind: str, condition: str, deltas: Deltas, wrong: Path | None, scratch: Path
+) -> dict[str, Path]:
+    """The experts' folders under a condition; an expert that is in no zoo is written to `scratch`."""
+    folders = bench.folders(kind)
+    if condition == "duplicated":
+        folders |= {f"{CORRUPTED}-{copy}": folders[CORRUPTED] for copy in (2, 3)}
+    elif condition == "wrong":
+        assert wrong is not None
+        folders[CORRUPTED] = wrong
+    elif condition != "clean":
+        index = bench.tasks.index(CORRUPTED)
+        moved = {name: bench.base[name] + stack[index] for name, stack in deltas.items()}
+        folders[CORRUPTED] = scratch / CORRUPTED
+        folders[CORRUPTED].mkdir()
+        shutil.copy(bench.root / "base" / "config.json", folders[CORRUPTED])
+        own = {**bench.base, **moved, "head.weight": bench.heads[CORRUPTED]}
+        save_tensors(folders[CORRUPTED] / "model.safetensors", own)
+    return folders
 
 
 def corrupt(deltas: Deltas, condition: str, index: int, wrong: Deltas | None) -> Deltas:
@@ -189,13 +214,13 @@ def corrupt(deltas: Deltas, condition: str, index: int, wrong: Deltas | None) ->
     return changed
 
 
-def wrong_expert(root: Path, kind: str) -> Deltas:
-    """The expert of CORRUPTED trained on the labels of another task, built beside the zoo."""
+def wrong_expert(root: Path, kind: str) -> Path:
+    """The folder of CORRUPTED's expert trained on the labels of another task, built beside the zoo."""
     plan = ExpertPlan(CORRUPTED, "lora" if kind == "lora" else "full", labels_from=WRONG_LABELS)
     folder = root.with_name(f"{root.name}-wrong-{kind}")
     settings = Settings(f"wrong-{kind}", FULL.training, (plan,), FULL.validation_cap, FULL.test_cap)
     build_zoo(folder, settings)
-    return read_deltas(root / "base", {"wrong": folder / "experts" / plan.name})
+    return folder / "experts" / plan.name
 
 
 def interval(ours: Bits, theirs: Bits, tasks: list[str]) -> tuple[float, float, float]:
@@ -217,7 +242,7 @@ def mean_accuracy(bits: Bits, tasks: list[str]) -> float:
 
 def table(bench: Bench, kind: str, condition: str, methods: tuple[Method, ...]) -> tuple[float, float, float, str]:
     """Prints one condition's table; returns the lead over the best baseline with its interval, and that one's name."""
-    deltas = bench.deltas(kind)
+    deltas, wrong = bench.deltas(kind), None
     index = bench.tasks.index(CORRUPTED)
     tasks = bench.tasks if condition == "clean" else [task for task in bench.tasks if task != CORRUPTED]
     note = "" if condition == "clean" else f", expert {CORRUPTED} {condition}; mean of the other tasks"
@@ -230,12 +255,22 @@ def table(bench: Bench, kind: str, condition: str, methods: tuple[Method, ...]) 
         }
     else:
         rows = {}
-        deltas = corrupt(deltas, condition, index, wrong_expert(bench.root, kind) if condition == "wrong" else None)
+        if condition == "wrong":
+            wrong = wrong_expert(bench.root, kind)
+            deltas = corrupt(deltas, condition, index, read_deltas(bench.root / "base", {"wrong": wrong}))
+        else:
+            deltas = corrupt(deltas, condition, index, None)
     print(f"{'':32s}{'mean':>8s}  " + " ".join(f"{task[:9]:>9s}" for task in tasks))
     for name, bits in rows.items():
         show(name, bits, tasks)
     for method in methods:
-        rows[method.name] = bench.answers(merged(deltas, method, bench.base), tasks)
+        if method.matrix is None:
+            with tempfile.TemporaryDirectory() as scratch:
+                folders = corrupted_folders(bench, kind, condition, deltas, wrong, Path(scratch))
+                theta = merged_by_us(bench.root / "base", folders)
+        else:
+            theta = merged(deltas, method)
+        rows[method.name] = bench.answers(theta, tasks)
         show(method.name, rows[method.name], tasks)
     rivals = [method.name for method in methods if method.name not in NOT_BASELINES]
     best = max(rivals, key=lambda name: mean_accuracy(rows[name], tasks))
@@ -276,16 +311,15 @@ def main() -> int:
 
 
 def verdict(leads: dict[tuple[str, str], tuple[float, float, float, str]]) -> int:
-    """The last line: whether the default leads by what it must wherever clean experts were merged."""
-    clean = {kind: lead for (kind, condition), lead in leads.items() if condition == "clean"}
-    held = {kind: lead[0] >= NEEDED[kind] and lead[1] > 0 for kind, lead in clean.items()}
+    """The last line: whether the default leads by what it must in every table, outside the noise."""
+    held = {key: lead[0] >= NEEDED[key[0]] and lead[1] > 0 for key, lead in leads.items()}
     said = "; ".join(
-        f"{kind} {100 * lead:+.2f} points over {best} (needs {100 * NEEDED[kind]:.1f}: {'yes' if held[kind] else 'no'})"
-        for kind, (lead, _, _, best) in clean.items()
+        f"{kind} {condition} {100 * lead:+.2f} over {best} ({100 * NEEDED[kind]:.1f}: {'yes' if held[key] else 'no'})"
+        for key, (lead, _, _, best) in leads.items()
+        for kind, condition in (key,)
     )
-    holds = bool(held) and all(held.values())
-    print(f"\nverdict: {'holds' if holds else 'does not hold'}: {said or 'no clean condition was run'}")
-    return 0 if holds else 1
+    print(f"\nverdict: {'holds' if all(held.values()) else 'does not hold'}: {said}")
+    return 0 if all(held.values()) else 1
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from poemerge.contenders import Field
 from poemerge.errors import BadInputError, Problem
 from poemerge.merging import FamilyChoice, Selection
 from poemerge.merging.compute import solve_as_merged, with_length
+from poemerge.merging.sensitivity import Sensitivities, gather
 from poemerge.merging.settings import ParameterSettings, resolve
-from poemerge.params import MergeParams
+from poemerge.params import MergeParams, parse_bytes
 from poemerge.suites.classification import columns_of
 from poemerge.suites.evaluation import OpenSuite
 from poemerge.suites.runtime import Runtime
@@ -62,14 +63,18 @@ class Ensemble:
             raise BadInputError(
                 Problem(str(merged), f"method {record['method']}", "a product of experts", "merge with method poe")
             )
-        params = MergeParams.model_validate(record["settings"])
+        # A merge of before sensitivities were known was made without.
+        params = MergeParams.model_validate({"sensitivity": "off", **record["settings"]})
         selection = _selection(record["selection"])
         experts = ExpertSet.open(field.project.base, field.project.expert_folders())
         folder.mkdir(parents=True)
+        minded = Sensitivities(folder / "sensitivity")
         try:
+            if params.sensitivity == "auto":
+                gather(experts, parse_bytes(params.max_memory), minded.folder)
             for number, name in enumerate(solved):
                 settings = resolve(params, selection, name, experts.rule(name))
-                noise = _noise(experts, name, settings, count, f"{seed} {name}")
+                noise = _noise(experts, name, settings, minded, count, f"{seed} {name}")
                 np.save(folder / f"{number}.npy", noise.numpy(), allow_pickle=False)
         finally:
             experts.close()
@@ -104,13 +109,17 @@ def _selection(record: Mapping[str, Any]) -> Selection:
     return Selection(FamilyChoice(**record["model"]), groups)
 
 
-def _noise(experts: ExpertSet, name: str, settings: ParameterSettings, count: int, seed: str) -> Tensor:
+def _noise(
+    experts: ExpertSet, name: str, settings: ParameterSettings, minded: Sensitivities, count: int, seed: str
+) -> Tensor:
     """coefficient · (draw − mode) as the weight is stored, float32 `[draw, *shape]`."""
     import zlib
 
     deltas = experts.deltas(name)
     transposed = experts.transposed(name)
-    solution = solve_as_merged(deltas.mT if transposed else deltas, settings)
+    rows = deltas.shape[-1 if transposed else -2]
+    known = minded.read(name, experts.touching(name), rows) if settings.side == "both" else None
+    solution = solve_as_merged(deltas.mT if transposed else deltas, settings, known)
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     draws = solution.posterior.sample(count, generator=generator)
     assert isinstance(draws, Tensor)  # the deltas were dense

@@ -151,6 +151,7 @@ class MergeParams(Section):
     prior: Literal["relative", "absolute"] = "relative"
     prior_precision: float = Field(default=1e-2, ge=0)
     coefficient: float | None = None
+    sensitivity: Literal["auto", "off"] = "auto"
     max_steps: int = Field(default=50, ge=1)
     rtol: float = Field(default=3e-3, gt=0, lt=1)
     include: tuple[str, ...] = ("*",)

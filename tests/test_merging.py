@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,9 +153,26 @@ def test_what_is_no_matrix_is_the_mean_of_those_that_moved_it(models: dict[str, 
     merge(models["base"], _experts(models, "one", "two", "lora"), tmp_path / "m", MergeParams(**FAST))
     one, two = (load_file(models[name] / "model.safetensors") for name in ("one", "two"))
     weights = _weights(tmp_path / "m")
-    for name in (BIAS, WORDS):
-        torch.testing.assert_close(weights[name], (one[name] + two[name]) / 2, atol=1e-6, rtol=0)
-        assert _ledger(tmp_path / "m")[name]["rule"] == "averaged"
+    torch.testing.assert_close(weights[BIAS], (one[BIAS] + two[BIAS]) / 2, atol=1e-6, rtol=0)
+    assert _ledger(tmp_path / "m")[BIAS]["rule"] == "averaged"
+
+
+def test_a_row_of_an_embedding_follows_the_experts_that_moved_it(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "three"
+    shutil.copytree(models["one"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    base = load_file(models["base"] / "model.safetensors")[WORDS]
+    tensors[WORDS] = base.clone()
+    tensors[WORDS][7] += 0.3
+    save_file(tensors, folder / "model.safetensors")
+    merge(models["base"], {"two": models["two"], "three": folder}, tmp_path / "m", MergeParams(**FAST))
+    two = load_file(models["two"] / "model.safetensors")[WORDS] - base
+    merged, line = _weights(tmp_path / "m")[WORDS] - base, _ledger(tmp_path / "m")[WORDS]
+    expected = two.clone()
+    weights = two[7].square().sum(), torch.tensor(len(two[7]) * 0.3**2)
+    expected[7] = (weights[0] * two[7] + weights[1] * 0.3) / sum(weights)
+    torch.testing.assert_close(merged, expected, atol=1e-6, rtol=0)
+    assert (line["rule"], line["outcome"]) == ("averaged", "rows")
 
 
 def test_adapters_merge_as_their_densified_checkpoints_do(models: dict[str, Path], tmp_path: Path) -> None:

@@ -58,7 +58,11 @@ class NotFiniteError(NumericsError):
 def merge_elementwise(
     loaded: Loaded, settings: ParameterSettings, moved: Sequence[bool], experts: int, dtype: torch.dtype
 ) -> Merged:
-    """mean: base + c·Σδ/N over all N `experts`; average: over those that `moved`; task_arithmetic: base + c·Σδ.
+    """mean: base + c·Σδ/N over all N `experts`; average: over those that `moved`; task_arithmetic: base + c·Σδ; rows:
+    in every row base + Σ‖δ‖²δ/Σ‖δ‖².
+
+    The last is the mode of the product of experts of a layer that is looked up: its inputs are one-hot, their Gram is
+    diagonal, and an expert's precision for a token is the squared length of what it did to the token's row.
 
     Sums in float32. `loaded` may be a block of rows; the entry counts what belongs to that block.
     """
@@ -66,6 +70,8 @@ def merge_elementwise(
     base = loaded.base.to(torch.float32)
     total: Tensor | None = None
     count = 0
+    if settings.method == "rows":
+        total, moved = _weighted_rows(loaded), [False] * len(moved)
     for expert, counts in zip(loaded.experts, moved, strict=True):
         whole = loaded.whole.pop(expert, None)
         if not counts:
@@ -78,17 +84,30 @@ def merge_elementwise(
             total = torch.zeros_like(base) if total is None else total
             total.addmm_(b.to(torch.float32), a.to(torch.float32), alpha=scaling)
         count += 1
-    entry: dict[str, Any] = {"outcome": "mean" if settings.method != "task_arithmetic" else "sum"}
+    outcome = {"task_arithmetic": "sum", "rows": "rows"}.get(settings.method, "mean")
+    entry: dict[str, Any] = {"outcome": outcome}
     # One pass tells both: a sum that is not finite, and, but for rare cancellation, one that is zero everywhere.
     signal = 0.0 if total is None else float(total.sum())
     if not math.isfinite(signal):
         raise NotFiniteError(loaded.name, None)
     if total is None or (signal == 0 and not bool(total.any())):
         return Merged(None, {**entry, "outcome": "unchanged", "seconds": time.perf_counter() - started})
-    share = {"mean": 1 / experts, "average": 1 / count, "task_arithmetic": 1.0}[settings.method]
+    share = {"mean": 1 / experts, "average": 1 / max(count, 1)}.get(settings.method, 1.0)
     # The sum's memory becomes the result's: the base may be the very tensor that was read.
     merged = torch.add(base, total, alpha=settings.multiple * share, out=total)
     return Merged(merged.to(dtype), {**entry, "seconds": time.perf_counter() - started})
+
+
+def _weighted_rows(loaded: Loaded) -> Tensor:
+    """Σ‖δ‖²δ/Σ‖δ‖² of every row, 0 where no expert moved it; float32."""
+    total = torch.zeros_like(loaded.base, dtype=torch.float32)
+    weights = torch.zeros((*total.shape[:-1], 1), dtype=torch.float32, device=total.device)
+    for expert in loaded.experts:
+        delta = loaded.delta(expert)
+        weight = delta.square().sum(-1, keepdim=True)
+        weights += weight
+        total += delta.mul_(weight)
+    return total.div_(weights.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def ties_thresholds(experts: ExpertSet, name: str) -> Tensor:
@@ -159,29 +178,32 @@ def merge_matrices(
     transposed: bool,
     dtype: torch.dtype,
     total_experts: int,
+    sensitivity: Tensor | None = None,
 ) -> list[Merged]:
     """Merge a batch of parameters of one shape, every one as a matrix (or a stack of matrices).
 
     Arguments: `base` `[batch, *shape]` in its stored dtype; `deltas` float32 `[batch, expert, *shape]`, or one factored
-    adapter an expert with a batch of one; `transposed` says that the weights are stored as [in, out].
+    adapter an expert with a batch of one; `transposed` says that the weights are stored as [in, out]; `sensitivity`
+    float32 `[batch, expert, out, s]` is what poe on both sides takes for its experts' own.
     """
     started = time.perf_counter()
+    minded = [None] * len(names) if sensitivity is None else list(sensitivity)
     if isinstance(deltas, Tensor):
         results = (
             [
-                _dense(name, experts, one_base, one, settings, transposed, dtype, total_experts)
-                for name, one_base, one in zip(names, base, deltas, strict=True)
+                _dense(name, experts, one_base, one, settings, transposed, dtype, total_experts, own)
+                for name, one_base, one, own in zip(names, base, deltas, minded, strict=True)
             ]
             if settings.method != "poe" or deltas.ndim != 4 or base.device.type == "cpu"
-            else _batched(names, experts, base, deltas, settings, transposed, dtype)
+            else _batched(names, experts, base, deltas, settings, transposed, dtype, sensitivity)
         )
     else:
-        results = [_factored(names[0], experts, base[0], deltas, settings, transposed, dtype)]
+        results = [_factored(names[0], experts, base[0], deltas, settings, transposed, dtype, minded[0])]
     seconds = (time.perf_counter() - started) / len(results)
     return [Merged(one.weight, {**one.entry, "seconds": seconds}) for one in results]
 
 
-def solve_as_merged(deltas: Any, settings: ParameterSettings) -> poemerge.Solution:
+def solve_as_merged(deltas: Any, settings: ParameterSettings, sensitivity: Tensor | None = None) -> poemerge.Solution:
     """`poemerge.solve` of one matrix, a batch of them, or adapters, as the settings say."""
     return poemerge.solve(
         deltas,
@@ -195,6 +217,7 @@ def solve_as_merged(deltas: Any, settings: ParameterSettings) -> poemerge.Soluti
         pooling=settings.pooling,
         max_steps=settings.max_steps,
         rtol=settings.rtol,
+        sensitivity=sensitivity,
         row_blocks=settings.row_blocks if isinstance(deltas, Tensor) else None,
     )
 
@@ -208,6 +231,7 @@ def _dense(
     transposed: bool,
     dtype: torch.dtype,
     total_experts: int,
+    sensitivity: Tensor | None = None,
 ) -> Merged:
     """One parameter from dense deltas `[expert, *shape]`; a 3-D one of method poe is a stack of matrices."""
     norms = torch.linalg.vector_norm(deltas.flatten(1), dim=1)
@@ -224,7 +248,7 @@ def _dense(
         )
         return Merged(weight, _joined([one.entry for one in slices], experts))
     if settings.method == "poe":
-        solution = solve_as_merged(deltas.mT if transposed else deltas, settings)
+        solution = solve_as_merged(deltas.mT if transposed else deltas, settings, sensitivity)
         theta = solution.dense()
         settings = with_length(settings, deltas, base)
         entry = _entry(solution, experts, settings)
@@ -242,12 +266,13 @@ def _batched(
     settings: ParameterSettings,
     transposed: bool,
     dtype: torch.dtype,
+    sensitivity: Tensor | None,
 ) -> list[Merged]:
     """Several matrices of one shape in one call of the solver: what fills a GPU."""
     norms = torch.linalg.vector_norm(deltas.flatten(2), dim=2).cpu()
     for name, own, one_base in zip(names, norms, base, strict=True):
         _check_finite(name, experts, own, one_base)
-    solutions = solve_as_merged(deltas.mT if transposed else deltas, settings).unbind()
+    solutions = solve_as_merged(deltas.mT if transposed else deltas, settings, sensitivity).unbind()
     merged = []
     for name, own, one_base, one, solution in zip(names, norms, base, deltas, solutions, strict=True):
         if bool(own.any()):
@@ -267,6 +292,7 @@ def _factored(
     settings: ParameterSettings,
     transposed: bool,
     dtype: torch.dtype,
+    sensitivity: Tensor | None = None,
 ) -> Merged:
     """One matrix from LoRA factors: solved in their subspaces, added to the base as one low-rank product."""
     # (B A)ᵀ = Aᵀ Bᵀ: the factors are of the stored layout, the solver wants [out, in].
@@ -278,7 +304,7 @@ def _factored(
             if not bool(b.isfinite().all() & a.isfinite().all()):
                 raise NotFiniteError(name, expert) from None
         raise
-    solution = solve_as_merged(adapters, settings)
+    solution = solve_as_merged(adapters, settings, sensitivity)
     theta = solution.theta
     assert isinstance(theta, Factored)
     settings = with_length(settings, adapters, base)

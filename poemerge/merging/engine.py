@@ -23,6 +23,7 @@ from poemerge.merging.compute import (
 )
 from poemerge.merging.device import Transfer, choose_device
 from poemerge.merging.plan import ParameterPlan, Plan, Unit, make_plan
+from poemerge.merging.sensitivity import Sensitivities
 from poemerge.merging.settings import Selection
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import keep_freed_memory, processors, single_threaded, stream
@@ -109,6 +110,7 @@ class _Input:
     loaded: list[Loaded]
     moved: list[bool] | None = None
     thresholds: Tensor | None = None
+    sensitivity: Tensor | None = None
     ready: Any = None
 
 
@@ -121,6 +123,7 @@ class _Work:
         self._experts = experts
         self._plan = plan
         self._staging = staging
+        self._sensitivities = Sensitivities(staging.sensitivities)
         self._device = torch.cuda.get_device_name(device) if device != "cpu" else "cpu"
         self._transfer = Transfer(device) if device != "cpu" else None
         self._progress = progress
@@ -159,10 +162,23 @@ class _Work:
                 thresholds = self._thresholds.pop(first.name) if unit.last else self._thresholds[first.name]
             return _Input([self._experts.load(first.name, unit.rows)], thresholds=thresholds)
         many = [self._experts.load(p.name, pin=self._transfer is not None) for p in unit.parameters]
+        sensitivity = self._minded(unit)
         if self._transfer is None:
-            return _Input(many)
+            return _Input(many, sensitivity=sensitivity)
         many, ready = self._transfer.send(many)
-        return _Input(many, ready=ready)
+        return _Input(many, sensitivity=sensitivity, ready=ready)
+
+    def _minded(self, unit: Unit) -> Tensor | None:
+        """The measured sensitivities `[matrix, expert, out, s]` of a unit's matrices, where there are any."""
+        first = unit.parameters[0]
+        if not first.minded:
+            return None
+        rows = first.shape[1 if first.transposed else 0]
+        found = [self._sensitivities.read(p.name, p.experts, rows) for p in unit.parameters]
+        known = next((one for one in found if one is not None), None)
+        if known is None:
+            return None
+        return torch.stack([torch.zeros_like(known) if one is None else one for one in found])
 
     def compute(self, item: tuple[int, Unit], read: _Input) -> list[Merged]:
         """On a worker's thread."""
@@ -205,6 +221,7 @@ class _Work:
             first.transposed,
             first.dtype,
             len(self._experts.experts),
+            read.sensitivity if read.sensitivity is None else read.sensitivity.to(bases.device),
         )
         weights = [
             one.weight if one.weight is not None else base.to(first.dtype)

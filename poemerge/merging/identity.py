@@ -13,7 +13,7 @@ from poemerge.merging.card import licence_of
 if TYPE_CHECKING:
     from poemerge.merging.engine import Job
 
-__all__ = ["input_identities", "source_record"]
+__all__ = ["identity_of", "input_identities", "source_record"]
 
 
 def source_record(folder: Path, with_digest: bool) -> dict[str, Any]:
@@ -29,10 +29,11 @@ def source_record(folder: Path, with_digest: bool) -> dict[str, Any]:
 
 def input_identities(job: Job) -> dict[str, Any]:
     """By expert ("" is the base): its recorded digest, else names, sizes and times of its files."""
-    return {name: _identity(as_path(path)) for name, path in [("", job.base), *job.experts.items()]}
+    return {name: identity_of(as_path(path)) for name, path in [("", job.base), *job.experts.items()]}
 
 
-def _identity(folder: Path) -> Any:
+def identity_of(folder: Path) -> Any:
+    """A checkpoint's recorded digest, else names, sizes and times of its files."""
     digest = source_record(folder, with_digest=False)["digest"]
     if digest is not None:
         return digest

@@ -27,8 +27,18 @@ _COPIED = {".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken"}
 _COPY_LIMIT = 500_000_000
 
 
-def write_companions(job: Job, experts: ExpertSet, plan: Plan, staging: Staging, with_digests: bool) -> dict[str, Any]:
-    """Write everything but the weights into the staging folder; returns the content of merge.json."""
+def write_companions(
+    job: Job,
+    experts: ExpertSet,
+    plan: Plan,
+    staging: Staging,
+    with_digests: bool,
+    not_measured: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Write everything but the weights into the staging folder; returns the content of merge.json.
+
+    `not_measured`: by expert why its sensitivity is not known; None where none was asked for.
+    """
     records = {shard.file: staging.finished(shard, check=False) for shard in plan.shards}
     ledger = [line for record in records.values() if record is not None for line in record["ledger"]]
     base = as_path(job.base)
@@ -48,6 +58,7 @@ def write_companions(job: Job, experts: ExpertSet, plan: Plan, staging: Staging,
                 **source_record(as_path(path), with_digests),
                 "kind": experts.experts[name].kind,
                 "lacks": experts.experts[name].lacks,
+                "sensitivity": "off" if not_measured is None else not_measured.get(name, "measured"),
             }
             for name, path in sorted(job.experts.items())
         },

@@ -58,6 +58,12 @@ class ParameterPlan:
         return self.settings is not None and self.settings.method in ELEMENTWISE
 
     @property
+    def minded(self) -> bool:
+        """Whether the experts' sensitivities count in it: a matrix solved on both sides."""
+        own = self.settings
+        return own is not None and own.method == "poe" and own.side == "both" and len(self.shape) == 2
+
+    @property
     def trimmed(self) -> bool:
         """Whether it is merged by TIES, which needs one threshold for each expert and goes entry by entry then."""
         return self.settings is not None and self.settings.method == "ties"
@@ -168,7 +174,7 @@ def _parameter(experts: ExpertSet, params: MergeParams, selection: Selection, na
         return ParameterPlan(name, shape, stored, dtype, "left_at_base", None, (), False, False, why)
     settings = resolve(params, selection, name, experts.rule(name))
     factored = experts.is_factored(name) and settings.method == "poe"
-    action: Action = "averaged" if settings.method in {"average", "mean"} else "merged"
+    action: Action = "averaged" if settings.method in {"average", "mean", "rows"} else "merged"
     return ParameterPlan(
         name,
         shape,

@@ -13,9 +13,10 @@ from poemerge.merging.engine import Job, Progress, open_job, run_shards
 from poemerge.merging.identity import input_identities
 from poemerge.merging.output import write_companions
 from poemerge.merging.plan import Plan
+from poemerge.merging.sensitivity import gather
 from poemerge.merging.settings import Selection
 from poemerge.merging.staging import Staging, check_output, job_key
-from poemerge.params import MergeParams
+from poemerge.params import MergeParams, parse_bytes
 
 __all__ = ["MergeResult", "merge", "prepare"]
 
@@ -71,6 +72,7 @@ def merge(
         key = job_key({"inputs": input_identities(job), **job.description()})
         staging = Staging(out, key)
         with staging.hold():
+            reasons = _measure(job, checkpoints, plan, staging)
             pending = [i for i, shard in enumerate(plan.shards) if staging.finished(shard) is None]
             resumed = len(plan.shards) - len(pending)
             if params.engine == "dask":
@@ -80,8 +82,15 @@ def merge(
             else:
                 run_shards(checkpoints, plan, pending, staging, job.device(), progress)
             write_index(staging.folder, plan.shards)
-            record = write_companions(job, checkpoints, plan, staging, digests)
+            record = write_companions(job, checkpoints, plan, staging, digests, reasons)
             staging.publish()
         return MergeResult(out, record, resumed)
     finally:
         checkpoints.close()
+
+
+def _measure(job: Job, checkpoints: ExpertSet, plan: Plan, staging: Staging) -> dict[str, str] | None:
+    """Have the experts' sensitivities ready where a matrix is solved with them; why not by expert, None if none is."""
+    if job.params.sensitivity == "off" or not any(one.minded for one in plan.parameters):
+        return None
+    return gather(checkpoints, parse_bytes(job.params.max_memory), staging.sensitivities)

@@ -17,8 +17,8 @@ from poemerge.params import Family, MergeParams, Method, Preset, Scale, Side
 
 __all__ = ["ELEMENTWISE", "SOLVED", "FamilyChoice", "ParameterSettings", "Selection", "resolve"]
 
-ELEMENTWISE: frozenset[str] = frozenset({"mean", "task_arithmetic", "average"})
-"""Methods that treat every entry alone, so that a parameter can be merged in blocks."""
+ELEMENTWISE: frozenset[str] = frozenset({"mean", "task_arithmetic", "average", "rows"})
+"""Methods that treat every entry or row alone, so that a parameter can be merged in blocks."""
 
 SOLVED: frozenset[str] = frozenset({"poe", "tsv_m", "iso_c", "wudi"})
 """Methods defined on matrices; what is no matrix is averaged beside them."""
@@ -74,9 +74,9 @@ def _choice(raw: Mapping[str, Any]) -> FamilyChoice:
 @dataclass(frozen=True)
 class ParameterSettings:
     """Everything that decides one merged parameter, beside its deltas. Method `average`: the mean over the experts
-    whose delta is not zero, for what is no matrix."""
+    whose delta is not zero, for what is no matrix; `rows`: the product of experts of an embedding."""
 
-    method: Method | Literal["average"]
+    method: Method | Literal["average", "rows"]
     family: Family
     tail_index: float | None
     side: Side
@@ -103,7 +103,8 @@ class ParameterSettings:
 def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) -> ParameterSettings:
     """Settings of the parameter `name`: those of `params`, then the overrides whose glob matches, the last one wins.
 
-    A method for matrices becomes `average` on what is no matrix, unless an override names a method for it.
+    A method for matrices becomes `average` on what is no matrix, and poe `rows` on an embedding, unless an override
+    names a method for it.
     """
     choice = selection.of(name)
     settings = ParameterSettings(
@@ -124,7 +125,8 @@ def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) ->
     if params.preset is not None and settings.method == "poe":
         settings = _released(settings, params.preset, params.model_fields_set, name)
     if rule != "matrix" and settings.method in SOLVED:
-        settings = replace(settings, method="average", coefficient=1.0)
+        of_rows = settings.method == "poe" and rule == "embedding" and params.preset is None
+        settings = replace(settings, method="rows" if of_rows else "average", coefficient=1.0)
     for glob, override in params.overrides.items():
         if fnmatchcase(name, glob):
             given = override.model_dump(exclude_none=True)

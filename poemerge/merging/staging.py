@@ -65,6 +65,11 @@ class Staging:
         """Where the records of finished shards lie while the merge grows, and until its output has its name."""
         return self.folder.with_name(self.folder.name.removesuffix(".partial") + ".records.partial")
 
+    @property
+    def sensitivities(self) -> Path:
+        """Where the experts' measured sensitivities lie while the merge grows."""
+        return self.records / "sensitivity"
+
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Make the folder and keep other merges to the same output away from it."""

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poemerge.numerics.solution import Factored
-from poemerge.numerics.two_sided import TwoSided
+from poemerge.numerics.two_sided import TwoSided, output_factor
 
 __all__ = ["Posterior"]
 
@@ -37,6 +37,7 @@ class Posterior:
     weights: Float[Tensor, " expert"]
     prior_precision: Float[Tensor, ""]
     pooling: float = 0.0
+    sensitivity: Float[Tensor, "expert k s"] | None = None
 
     @property
     def precision(self) -> Float[Tensor, "k k"]:
@@ -89,15 +90,16 @@ class Posterior:
             return noise if self.side == "output" else noise.mT
         # Perturb and solve (Papandreou & Yuille 2010): noise of covariance K through K⁻¹ has covariance K⁻¹.
         norm = self.deltas.square().sum((-1, -2), keepdim=True).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-        unit = self.deltas / norm
+        unit = output_factor(self.deltas / norm, self.sensitivity)
         strength = (2 * self.weights).sqrt()[:, None, None]
-        problem = TwoSided(self.deltas.unsqueeze(0), rows * columns, self.pooling)
+        sensitivity = None if self.sensitivity is None else self.sensitivity.unsqueeze(0)
+        problem = TwoSided(self.deltas.unsqueeze(0), rows * columns, self.pooling, sensitivity)
         # R_i = F_i F_iᵀ, with R_i in the coordinates that the problem is solved in.
         values, vectors = torch.linalg.eigh(problem.input_grams().squeeze(0))
         factor = problem.right_basis @ (vectors * values.clamp_min(0).sqrt().unsqueeze(-2))
         samples = []
         for _ in range(count):
-            right = (strength * (unit @ normal(experts, columns, columns) @ factor.mT)).sum(0)
+            right = (strength * (unit @ normal(experts, unit.shape[-1], columns) @ factor.mT)).sum(0)
             right = right + (2 * self.prior_precision).sqrt() * normal(rows, columns)
             solved = problem.invert(2 * self.weights[None], 2 * self.prior_precision[None], right[None], _SAMPLE_RTOL)
             samples.append(solved.squeeze(0))

@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -38,18 +38,20 @@ def reusing(limit: int) -> Iterator[None]:
         _store = outer
 
 
-def kept(source: Tensor, make: Callable[[], Made]) -> Made:
-    """What `make` makes of `source` alone: taken from the store where the same bytes were there before.
+def kept(sources: Sequence[Tensor], make: Callable[[], Made]) -> Made:
+    """What `make` makes of `sources` alone: taken from the store where the same bytes were there before.
 
     The tensors are shared by all who ask for them, and must not be written to. Outside `reusing`, or on a GPU, where
     they are made faster than bytes are compared, it is just `make()`.
     """
     store = _store
-    if store is None or source.device.type != "cpu":
+    if store is None or any(source.device.type != "cpu" for source in sources):
         return make()
-    shape = f"{source.dtype} {tuple(source.shape)}".encode()
-    content = source.detach().contiguous().flatten().view(torch.uint8).numpy().data
-    key = hashlib.blake2b(content, digest_size=32, person=hashlib.blake2b(shape, digest_size=16).digest()).digest()
+    digest = hashlib.blake2b(digest_size=32)
+    for source in sources:
+        digest.update(f"{source.dtype} {tuple(source.shape)} ".encode())
+        digest.update(source.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    key = digest.digest()
     with store.lock:
         found = store.products.get(key)
     if found is not None:

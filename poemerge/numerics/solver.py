@@ -1,7 +1,7 @@
 """`solve`: the mode of a product of experts over one weight matrix, or a batch of equal shapes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -49,6 +49,7 @@ def solve(
     init: Literal["gaussian", "mean"] | Float[Tensor, "*batch out in"] = "gaussian",
     max_steps: int = 50,
     rtol: float = 1e-6,
+    sensitivity: Float[Tensor, "*batch expert out s"] | None = None,
     row_blocks: Literal["square"] | None = None,
     accelerate: bool = True,
 ) -> Solution:
@@ -70,6 +71,9 @@ def solve(
       Σ w_i G_i (of its Kronecker form for both sides) at the weights the start gives, fixed from there on.
     - `pooling`: y in [0, 1], for both sides alone: the input Gram Â_iᵀÂ_i is shrunk to the mean over the experts,
       S_i² = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j; 0 leaves each its own, and the residual is then Âᵀ_i(Θ − A_i)Âᵀ_i.
+    - `sensitivity`: F_i, for both sides alone: what else expert i minds than the directions it moved, with F_iF_iᵀ the
+      covariance of its gradients at the layer's outputs. The output Gram becomes the mean of Â_iÂ_iᵀ and
+      F_iF_iᵀ/‖F_i‖²; a matrix of zeros says nothing.
     - `init`: "gaussian" starts from the solution for w_i = 1, "mean" from the plain mean, a tensor from itself (dense
       deltas only). The energy is not convex, so the start matters.
     - `max_steps`: linear solves after the start, at most. `rtol`: relative precision of theta to stop at, judged by the
@@ -94,6 +98,7 @@ def solve(
         max_steps,
         rtol,
         accelerate,
+        sensitivity,
     )
     settings.check()
     with torch.no_grad(), full_precision():
@@ -121,6 +126,7 @@ class _Settings:
     max_steps: int
     rtol: float
     accelerate: bool
+    sensitivity: Tensor | None = None
 
     def check(self) -> None:
         """Refuse settings that make no sense, all of them at once."""
@@ -162,6 +168,8 @@ class _Settings:
         bounded = 0 <= self.prior_precision < math.inf
         need(bounded, "prior_precision", self.prior_precision, "a finite number, 0 or more", "give one, 1e-3 say")
         need(0 <= self.pooling <= 1, "pooling", self.pooling, "a number from 0 to 1", "give one, 0.5 say")
+        if self.sensitivity is not None:
+            need(self.side == "both", "sensitivity", f"side {self.side!r}", 'side "both"', "leave it out")
         need(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more", "raise it")
         need(0 < self.rtol < 1, "rtol", self.rtol, "a number between 0 and 1", "give one, 1e-6 say")
         if problems:
@@ -213,6 +221,7 @@ def _solve_dense(deltas: Tensor, settings: _Settings) -> Solution:
         start = settings.init.to(deltas).reshape(-1, rows, columns)
     members: list[Solution] = []
     stacked = deltas.reshape(-1, experts, rows, columns)
+    sensitivity = _checked_sensitivity(settings, (*batch, experts, rows), deltas.device)
     # On a CPU one at a time: a batch gains nothing there, and every member is then bit for bit what it is alone.
     stride = 1 if deltas.device.type == "cpu" else max(1, len(stacked))
     for first in range(0, len(stacked), stride):
@@ -222,16 +231,33 @@ def _solve_dense(deltas: Tensor, settings: _Settings) -> Solution:
             (rows, columns),
             None if scales is None else scales[chunk],
             None if start is None else start[chunk].to(dtype),
-            settings,
+            settings if sensitivity is None else replace(settings, sensitivity=sensitivity[chunk].to(dtype)),
         )
     return join(members, batch, single=not batch)
+
+
+def _checked_sensitivity(settings: _Settings, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """F_i as `[flat, expert, out, s]`; `shape` is [*batch, expert, out]."""
+    given = settings.sensitivity
+    if given is None:
+        return None
+    if given.shape[:-1] != shape or not given.is_floating_point() or not bool(given.isfinite().all()):
+        got = (
+            f"{given.dtype} of shape {list(given.shape)}"
+            if given.shape[:-1] != shape
+            else "entries that are not finite"
+        )
+        expected = f"finite floating point {[*shape, 's']}, a factor for each expert"
+        raise _bad("sensitivity", got, expected, "give F_i for every expert, zeros where nothing is known")
+    return given.to(device).reshape(-1, *shape[-2:], given.shape[-1])
 
 
 def _solve_blocks(deltas: Tensor, settings: _Settings) -> Solution:
     """Square blocks of rows, each a problem of its own; a last block of fewer rows is solved as it is."""
     columns = deltas.shape[-1]
-    if isinstance(settings.init, Tensor) or isinstance(settings.scale, Tensor):
-        raise _bad("row_blocks", "'square'", "named scale and init", "pass the blocks to solve one by one")
+    if any(isinstance(one, Tensor) for one in (settings.init, settings.scale, settings.sensitivity)):
+        expected = "named scale and init, and no sensitivity"
+        raise _bad("row_blocks", "'square'", expected, "pass the blocks to solve one by one")
     blocks = [_solve_dense(block.contiguous(), settings) for block in torch.split(deltas, columns, dim=-2)]
     batch = tuple(deltas.shape[:-3])
     whole = []
@@ -255,6 +281,8 @@ def _solve_factored(adapters: Adapters, settings: _Settings) -> Solution:
     """Solve within span{B_i} × span{A_iᵀ}: there Θ = Q X Vᵀ exactly, the prior included."""
     if isinstance(settings.init, Tensor):
         raise _bad("init", "a tensor", '"gaussian" or "mean" for factored deltas', "densify the adapters first")
+    if settings.sensitivity is not None:
+        return _solve_minded(adapters, settings)
     left, cores, right = adapters.within()
     device = cores.left.device
     scales = _expert_scales(settings.scale, adapters.batch, adapters.count, device)
@@ -270,6 +298,44 @@ def _solve_factored(adapters: Adapters, settings: _Settings) -> Solution:
         members += _solve_core(given[chunk], adapters.size, own_scales, None, settings)
     lifted = [_lift(member, left[i], right[i]) for i, member in enumerate(members)]
     return join(lifted, adapters.batch, single=not adapters.batch)
+
+
+def _solve_minded(adapters: Adapters, settings: _Settings) -> Solution:
+    """With sensitivities Θ leaves the span of the B_i but not that of the A_iᵀ: solved whole on one side, Θ = X Vᵀ."""
+    right, inside = adapters.right.basis()
+    experts, device = adapters.count, inside.device
+    left = adapters.left.stack
+    left = left.reshape(*left.shape[:-1], experts, -1).transpose(1, 2)
+    dtype = adapters.dtype if settings.rtol >= FLOAT32_RTOL else torch.float64
+    scaled = left.double() * adapters.scaling[:, None, None]
+    cores = (scaled @ inside.mT).to(dtype)
+    scales = _expert_scales(settings.scale, adapters.batch, experts, device)
+    sensitivity = _checked_sensitivity(settings, (*adapters.batch, experts, adapters.size[0]), device)
+    assert sensitivity is not None
+    stride = 1 if device.type == "cpu" else max(1, len(cores))
+    members: list[Solution] = []
+    for first in range(0, len(cores), stride):
+        chunk = slice(first, first + stride)
+        own_scales = None if scales is None else scales[chunk]
+        own = replace(settings, sensitivity=sensitivity[chunk].to(dtype))
+        members += _solve_core(cores[chunk], adapters.size, own_scales, None, own)
+    lifted = []
+    for i, member in enumerate(members):
+        columns, core = torch.linalg.qr(member.dense())
+        theta = Factored(columns.to(adapters.dtype), core.to(adapters.dtype), right[i])
+        lifted.append(replace(member, theta=theta, make_posterior=_whole_rows(member, right[i])))
+    return join(lifted, adapters.batch, single=not adapters.batch)
+
+
+def _whole_rows(member: Solution, right: Basis) -> Callable[[], Posterior]:
+    """The posterior of Θ = X Vᵀ, all rows of X free."""
+
+    def posterior() -> Posterior:
+        core = member.dense().to(right.stack.dtype)
+        whole = torch.eye(len(core), dtype=core.dtype, device=core.device)
+        return replace(member.posterior, mean=Factored(whole, core, right))
+
+    return posterior
 
 
 def _lift(member: Solution, left: Basis, right: Basis) -> Solution:
@@ -297,7 +363,9 @@ def _solve_core(
             size,
             None if scales is None else scales[failed],
             None if start is None else start[failed].double(),
-            settings,
+            settings
+            if settings.sensitivity is None
+            else replace(settings, sensitivity=settings.sensitivity[failed].double()),
         )
         for i, solution in zip(failed, again, strict=True):
             solutions[i] = replace(solution, theta=solution.dense().to(deltas.dtype))
@@ -335,7 +403,7 @@ def _problem(
     if settings.side == "input":
         deltas = deltas.mT.contiguous()
     if settings.side == "both":
-        return TwoSided(deltas, rows * columns, settings.pooling), norm_sq(deltas)
+        return TwoSided(deltas, rows * columns, settings.pooling, settings.sensitivity), norm_sq(deltas)
     return OneSided(deltas, rows), norm_sq(deltas)
 
 
@@ -471,9 +539,9 @@ def _member(
         own, own_weights, energy = _matrices(given, index).mean(0), torch.zeros_like(own_weights), energy[:1]
 
     def posterior() -> Posterior:
-        return Posterior(
-            own, settings.side, _matrices(given, index).double(), own_weights, prior[index], settings.pooling
-        )
+        minded = None if settings.sensitivity is None else settings.sensitivity[index].double()
+        matrices = _matrices(given, index).double()
+        return Posterior(own, settings.side, matrices, own_weights, prior[index], settings.pooling, minded)
 
     return Solution(own, outcome, steps, energy, own_weights, prior[index], make_posterior=posterior)
 

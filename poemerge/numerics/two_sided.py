@@ -9,7 +9,7 @@ from torch import Tensor
 from poemerge.numerics.one_sided import Referenced, dot, gram, inner, norm_sq, without_size
 from poemerge.numerics.reuse import kept
 
-__all__ = ["Kronecker", "TwoSided"]
+__all__ = ["Kronecker", "TwoSided", "output_factor"]
 
 _MAX_CONJUGATE_STEPS = 400
 # Above this ratio of its sides, X(XᵀY) takes fewer operations than (XXᵀ)Y on the one side and Y(XᵀX) on the other.
@@ -132,6 +132,9 @@ class TwoSided(Kronecker, Referenced):
     tasks share most of that, so it is shrunk to the pooled one. Without it nobody guards the directions in which only
     some other expert moves, and Θ overshoots. The output Gram is the task's own, and stays.
 
+    `sensitivity` F: where it is given, and not zero, the output Gram is the mean of that one and F̂_iF̂_iᵀ, of unit
+    trace like it: what the task minds beside the directions that it moved.
+
     The problem is solved in the eigenbases of Σ L_i and Σ R_i. Energies are kept about a reference as in `OneSided`.
     """
 
@@ -140,14 +143,16 @@ class TwoSided(Kronecker, Referenced):
         deltas: Float[Tensor, "batch expert out in"],
         mean_over: int,
         pooling: float,
+        sensitivity: Float[Tensor, "batch expert out s"] | None = None,
     ) -> None:
         """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
         self.mean_over, self.pooling = mean_over, pooling
         norm = norm_sq(deltas).sqrt()[..., None, None]
         shrink = torch.where(norm > 0, 1 / norm, 0.0).to(deltas.dtype)
         # All that does not depend on the settings: a sweep makes it once.
-        self.left_basis, self.right_basis, summed, self.deltas, self.unit, left = kept(
-            deltas, lambda: self._products(deltas, shrink)
+        self.left_basis, self.right_basis, summed, self.deltas, self.unit, self.factor, left = kept(
+            (deltas,) if sensitivity is None else (deltas, sensitivity),
+            lambda: self._products(deltas, shrink, sensitivity),
         )
         # In this basis the pooled input Gram is diagonal.
         present = (norm > 0).sum(1).clamp_min(1).to(deltas.dtype)
@@ -156,21 +161,26 @@ class TwoSided(Kronecker, Referenced):
         self.left = left
         rows, columns = self.unit.shape[-2:]
         self.right = self.input_grams() if columns < _GOLDEN * rows else None
-        self.left_diagonal = self.unit.square().sum(-1)
+        self.left_diagonal = self.factor.square().sum(-1)
         self.right_diagonal = (1 - pooling) * self.unit.square().sum(-2) + pooling * self.pooled
         self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
         self.start_residual_sq = (self.deltas * self._each(self.deltas)).sum(-1).double().sum(-1).clamp_min(0)
         self._refer(self.deltas.mean(1))
 
-    def _products(self, deltas: Tensor, shrink: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Joint eigenbases, the input side's eigenvalues, A_i and Â_i in them, and L_i where products will use it."""
+    def _products(
+        self, deltas: Tensor, shrink: Tensor, sensitivity: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Joint eigenbases, the input side's eigenvalues; in them A_i, Â_i, L_i's factor, and L_i where it is used."""
         unit = deltas * shrink
-        self.left_basis = torch.linalg.eigh(gram(unit.transpose(1, 2).flatten(2)))[1]
+        factor = output_factor(unit, sensitivity)
+        self.left_basis = torch.linalg.eigh(gram(factor.transpose(1, 2).flatten(2)))[1]
         summed, self.right_basis = torch.linalg.eigh(gram(unit.flatten(1, 2).mT))
         entered = self.enter(unit)
+        # The input side's basis leaves Â_iÂ_iᵀ as it is.
+        factor = entered if sensitivity is None else self.left_basis.mT.unsqueeze(1) @ factor
         rows, columns = unit.shape[-2:]
-        left = gram(entered) if rows < _GOLDEN * columns else None
-        return self.left_basis, self.right_basis, summed, self.enter(deltas), entered, left
+        left = gram(factor) if rows < _GOLDEN * columns else None
+        return self.left_basis, self.right_basis, summed, self.enter(deltas), entered, factor, left
 
     def input_grams(self) -> Float[Tensor, "batch expert in in"]:
         """R_i, in the coordinates that the problem is solved in."""
@@ -187,7 +197,7 @@ class TwoSided(Kronecker, Referenced):
             if self.pooling:
                 each += (self.left @ theta) * (self.pooling * self.pooled.unsqueeze(1))
         elif self.left is None:
-            each = self.unit @ (self.unit.mT @ theta @ self.right)
+            each = self.factor @ (self.factor.mT @ theta @ self.right)
         else:
             each = self.left @ theta @ self.right
         return each
@@ -210,10 +220,11 @@ class TwoSided(Kronecker, Referenced):
                 return out.addcmul_(summed @ theta, self.pooled).addcmul_(prior, theta)
 
             return wide
-        long = (heavy * (unit if left is None else left)).transpose(1, 2).flatten(2)
+        factor = self.factor
+        long = (heavy * (factor if left is None else left)).transpose(1, 2).flatten(2)
 
         def tall(theta: Tensor) -> Tensor:
-            narrow = theta.unsqueeze(1) if left is not None else unit.mT @ theta.unsqueeze(1)
+            narrow = theta.unsqueeze(1) if left is not None else factor.mT @ theta.unsqueeze(1)
             out: Tensor = long @ (narrow @ right).flatten(1, 2)
             return out.addcmul_(prior, theta)
 
@@ -245,3 +256,20 @@ class TwoSided(Kronecker, Referenced):
         images = self._each(step.unsqueeze(1))
         slope = inner(self.slopes, step) + inner(images, theta - self.reference)
         return slope, inner(images, step), inner(images, last)
+
+
+def output_factor(
+    unit: Float[Tensor, "*batch expert out in"], sensitivity: Float[Tensor, "*batch expert out s"] | None
+) -> Float[Tensor, "*batch expert out f"]:
+    """P_i with L_i = P_iP_iᵀ: Â_i alone, or [Â_i, F̂_i]/√2 with F̂_i the sensitivity at unit norm.
+
+    An expert whose delta is zero keeps L_i = 0, and one whose sensitivity is zero its own Gram.
+    """
+    if sensitivity is None:
+        return unit
+    size = torch.linalg.vector_norm(sensitivity, dim=(-2, -1), keepdim=True)
+    moved = torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True) > 0
+    known = (size > 0) & moved
+    own = torch.where(known, 0.5**0.5, 1.0).to(unit.dtype)
+    other = torch.where(known, 0.5**0.5 / size, 0.0).to(unit.dtype)
+    return torch.cat([own * unit, other * sensitivity.to(unit.dtype)], -1)

@@ -12,6 +12,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from poemerge.cache import cache_root
 from poemerge.errors import Problem, SourceError
 
 __all__ = ["DATASETS", "ENCODER", "SENTIMENT", "Archive", "cache_folder", "fetch_archive", "read_inner_tar", "read_zip"]
@@ -51,8 +52,7 @@ SENTIMENT = Archive(
 
 def cache_folder() -> Path:
     """Where archives are kept between builds: `$POEMERGE_CACHE/zoo`, else `~/.cache/poemerge/zoo`."""
-    root = os.environ.get("POEMERGE_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "poemerge") / "zoo"
+    return cache_root() / "zoo"
 
 
 def fetch_archive(archive: Archive, cache: Path) -> Path:

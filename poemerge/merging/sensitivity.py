@@ -1,0 +1,275 @@
+"""What each expert minds at each layer's outputs, measured without data: random inputs through its own network.
+
+A task vector says in which directions an expert moved, not which others its predictions depend on: for an adapter
+these are far more than its rank. The covariance S of the gradients at a layer's outputs says it (one factor of K-FAC's
+Fisher matrix, Martens and Grosse, https://arxiv.org/abs/1503.05671), and random tokens or noise show it well enough.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poemerge.cache import cache_root
+from poemerge.checkpoints import ExpertSet, model_config, save_tensors
+from poemerge.checkpoints.names import match_names
+from poemerge.checkpoints.safetensors_file import SafetensorsFile
+from poemerge.merging.identity import identity_of
+from poemerge.merging.stream import single_threaded
+
+__all__ = ["Sensitivities", "gather", "measure", "why_not"]
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+"""Raised when the measurement changes: what is kept of earlier ones is then measured again."""
+
+_INPUTS = 256
+_BATCH = 32
+_TOKENS = 32
+_RANK = 512
+"""The most columns of F: a layer with more outputs has its S sketched by so many."""
+
+_ROOM = 4
+"""A model in float32 with its activations and gradients takes about this many times its size."""
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """The measured factors of a merge: `folder`/NAME.safetensors for every expert that could be measured."""
+
+    folder: Path
+
+    def read(self, name: str, experts: Sequence[str], rows: int) -> Tensor | None:
+        """F_i `[expert, rows, s]` of the matrix `name` with `rows` outputs, float32; zeros for an expert that was not
+        measured there, None where no expert was."""
+        found: dict[str, Tensor] = {}
+        for expert in experts:
+            path = self.folder / f"{expert}.safetensors"
+            if path.is_file():
+                file = SafetensorsFile.open(path)
+                try:
+                    if name in file.entries and file.entries[name].shape[0] == rows:
+                        found[expert] = file.read(name)
+                finally:
+                    file.close()
+        if not found:
+            return None
+        nothing = torch.zeros_like(next(iter(found.values())))
+        return torch.stack([found.get(expert, nothing) for expert in experts])
+
+
+def why_not(experts: ExpertSet, max_memory: int) -> dict[str, str]:
+    """The reason, by expert, for each whose sensitivity cannot be measured; reads configurations and names alone."""
+    if "://" in str(experts.base.path):
+        return dict.fromkeys(experts.experts, "the base is not on this machine")
+    size = sum(experts.base.nbytes(n) // experts.base.dtype(n).itemsize * 4 for n in experts.base.names())
+    config = model_config(experts.base.path)
+    if size * _ROOM > max_memory:
+        reason = f"the model would take {size * _ROOM:,} bytes of merge.max_memory, which is {max_memory:,}"
+    elif not config.get("model_type"):
+        reason = "the base's config.json names no model_type"
+    elif not {"vocab_size", "image_size", "vision_config"} & set(config):
+        reason = f"no inputs are known for a model of type {config['model_type']}"
+    else:
+        heads = {name: set(one.private_names()) for name, one in experts.experts.items()}
+        return {name: "it has no head.weight" for name, own in heads.items() if "head.weight" not in own}
+    return dict.fromkeys(experts.experts, reason)
+
+
+def gather(experts: ExpertSet, max_memory: int, folder: Path) -> dict[str, str]:
+    """Put every expert's factors into `folder`, measured now or kept from an earlier merge of the same bytes.
+
+    Returns by expert why there is none.
+    """
+    reasons = why_not(experts, max_memory)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in experts.experts:
+        target = folder / f"{name}.safetensors"
+        if name in reasons or target.is_file():
+            continue
+        key = [_VERSION, identity_of(experts.base.path), identity_of(experts.experts[name].path)]
+        kept = (
+            cache_root()
+            / "sensitivity"
+            / f"{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()}.safetensors"
+        )
+        if not kept.is_file():
+            try:
+                found = measure(experts, name)
+            except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+                # A model that transformers cannot build here is merged as it would be without.
+                reasons[name] = (
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+                )
+                log.warning("%s: sensitivity not measured: %s", name, reasons[name])
+                continue
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(kept, found)
+        partial = target.with_name(target.name + ".partial")
+        shutil.copyfile(kept, partial)
+        partial.replace(target)
+    return reasons
+
+
+def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
+    """F `[out, s]` float32 of every matrix of the base that is a linear layer, by name: F Fᵀ = E[g gᵀ].
+
+    g is the gradient at the layer's outputs of the log-likelihood of the expert `name`; above 512 outputs F is a sketch
+    of 512 columns, which has that product in expectation.
+
+    256 inputs of 32 random tokens (or normal noise in place of an image) go through the expert in float32 on one thread
+    of the CPU. At its logits the gradient is drawn from N(0, diag p − p pᵀ), the Fisher matrix of its prediction p.
+    Raises what transformers raises for a model that it
+    cannot build, KeyError where no linear layer is a matrix of the base.
+    """
+    log.info("%s: measuring what its predictions are sensitive to", name)
+    generator = torch.Generator().manual_seed(0)
+    with single_threaded():
+        model = _model(experts)
+        _become(model, experts, name)
+        layers = dict(_linear_layers(model, experts))
+        if not layers:
+            raise KeyError("no linear layer is a matrix of the base")
+        private = experts.experts[name].read_private()
+        weight, bias = private["head.weight"].float(), private.get("head.bias")
+        found = {own: _Covariance(generator) for own in layers}
+        hooks = [layer.register_forward_hook(found[own].hook) for own, layer in layers.items()]
+        # Gradients flow back to the inputs' embeddings; the weights need none.
+        hooks.append(model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_()))
+        try:
+            for _ in range(_INPUTS // _BATCH):
+                embedding = _embedding(model, generator)
+                logits = torch.nn.functional.linear(embedding, weight, None if bias is None else bias.float())
+                torch.autograd.backward(logits, _fisher_draw(logits.detach(), generator))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # A layer that the prediction does not go through (a pooler, say) has no gradient.
+        return {own: one.factor() for own, one in found.items() if one.total is not None}
+
+
+def _fisher_draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """v `[input, class]` with covariance diag p − p pᵀ: (I − p1ᵀ)(√p ∘ ε) for random signs ε."""
+    share = torch.softmax(logits, -1)
+    draw = share.sqrt() * _signs(share.shape, generator)
+    return draw - share * draw.sum(-1, keepdim=True)
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, tuple(shape), generator=generator).float().mul_(2).sub_(1)
+
+
+class _Covariance:
+    """S of one layer's outputs, gathered from gradients: whole, or Gᵀ·signs/√512 of it where there are many."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self.total: Tensor | None = None
+
+    def hook(self, _: torch.nn.Module, __: Any, output: Tensor) -> None:
+        """A forward hook: the gradient at `output` is added when it is known."""
+        output.register_hook(self._add)  # type: ignore[no-untyped-call]
+
+    def _add(self, gradient: Tensor) -> None:
+        rows = gradient.detach().reshape(-1, gradient.shape[-1])
+        other = rows if rows.shape[-1] <= _RANK else _signs((len(rows), _RANK), self._generator) / _RANK**0.5
+        self.total = rows.mT @ other if self.total is None else self.total.addmm_(rows.mT, other)
+
+    def factor(self) -> Tensor:
+        """F `[out, s]`."""
+        assert self.total is not None
+        if self.total.shape[0] > _RANK:
+            return self.total / _INPUTS**0.5
+        values, vectors = torch.linalg.eigh(self.total.double() / _INPUTS)
+        factor: Tensor = vectors * values.clamp_min(0).sqrt()
+        return factor.float()
+
+
+def _model(experts: ExpertSet) -> Any:
+    """The base's architecture with the base's weights."""
+    from transformers import AutoConfig, AutoModel
+
+    folder = experts.base.path
+    config = AutoConfig.from_pretrained(folder)
+    kind: Any = AutoModel
+    if config.model_type in {"clip", "clip_vision_model"}:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        # The base's architecture: a bare vision tower does not know the width of the projection.
+        width = config.projection_dim
+        config, kind = CLIPVisionConfig.from_pretrained(folder, projection_dim=width), CLIPVisionModelWithProjection
+    with _quiet():
+        model = kind.from_pretrained(folder, config=config, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar for every model that transformers loads, nor what it says of parameters that nothing here reads."""
+    from transformers.utils import logging as theirs
+
+    level, bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bar:
+            theirs.enable_progress_bar()
+
+
+def _names(model: Any, experts: ExpertSet) -> Iterator[tuple[str, str]]:
+    """(the base's name, the module's) of every parameter that both have."""
+    matched = match_names(set(experts.names()), [theirs for theirs, _ in model.named_parameters()])
+    for theirs, name in matched.items():
+        yield name, theirs
+
+
+def _become(model: Any, experts: ExpertSet, expert: str) -> None:
+    """Add the expert's task vector to the base's weights in `model`."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, theirs in _names(model, experts):
+            if expert in experts.touching(name):
+                parameters[theirs].add_(experts.delta(expert, name))
+
+
+def _linear_layers(model: Any, experts: ExpertSet) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The base's name of the weight, and the layer, for every linear layer that is merged as a matrix."""
+    for name, theirs in _names(model, experts):
+        owner, _, last = theirs.rpartition(".")
+        module = model.get_submodule(owner)
+        linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+        if last == "weight" and linear and experts.rule(name) == "matrix":
+            yield name, module
+
+
+def _embedding(model: Any, generator: torch.Generator) -> Tensor:
+    """`[input, hidden]` of random inputs, pooled as the evaluation's suites do by default."""
+    config = model.config
+    if hasattr(config, "image_size"):
+        size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
+        pixels = torch.randn(_BATCH, getattr(config, "num_channels", 3), *size, generator=generator)
+        out = model(pixel_values=pixels)
+        if hasattr(out, "image_embeds"):
+            return torch.nn.functional.normalize(out.image_embeds, dim=-1)
+        first: Tensor = out.last_hidden_state[:, 0]
+        return first
+    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+    tokens = torch.randint(0, config.vocab_size, (_BATCH, length), generator=generator)
+    if config.pad_token_id is not None:
+        tokens[tokens == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
+    states: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+    return torch.nn.functional.normalize(states.mean(1), dim=-1)

@@ -1,0 +1,227 @@
+"""Sensitivities: what the solver makes of them, what is measured, and how a merge finds and keeps them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import poemerge
+from poemerge.checkpoints import ExpertSet
+from poemerge.errors import BadInputError
+from poemerge.merging import merge
+from poemerge.merging import sensitivity as module
+from poemerge.merging.sensitivity import gather, measure, why_not
+from poemerge.params import MergeParams
+from tests.tiny import make_base, make_full_expert, make_lora_expert
+
+BOTH: dict[str, Any] = {"side": "both", "scale": "common", "scale_factor": 0.1, "prior_precision": 1e-2, "rtol": 1e-8}
+QUERY = "encoder.layer.0.attention.self.query.weight"
+OUTPUT = "encoder.layer.1.output.dense.weight"
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("pooling", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("rows", "columns"), [(12, 14), (30, 9), (9, 30)])
+def test_theta_is_stationary_under_the_mean_of_both_output_grams(rows: int, columns: int, pooling: float) -> None:
+    deltas, factor = _random(4, rows, columns), _random(4, rows, 5, seed=1)
+    solution = poemerge.solve(deltas, sensitivity=factor, pooling=pooling, **BOTH)
+    unit = deltas / torch.linalg.vector_norm(deltas, dim=(1, 2), keepdim=True)
+    minded = factor / torch.linalg.vector_norm(factor, dim=(1, 2), keepdim=True)
+    left, right = (unit @ unit.mT + minded @ minded.mT) / 2, unit.mT @ unit
+    right = (1 - pooling) * right + pooling * right.mean(0)
+    weights, theta = solution.weights[:, None, None], solution.dense()
+    pull = (weights * (left @ (theta - deltas) @ right)).sum(0) + solution.prior_precision * theta
+    assert pull.norm() < 1e-5 * (weights * (left @ deltas @ right)).sum(0).norm()
+    assert solution.energy.diff().le(1e-12 * solution.energy[0]).all()
+
+
+def test_adapters_give_what_their_dense_matrices_give() -> None:
+    adapters = [(_random(20, 3, seed=i), _random(3, 26, seed=i + 9), 0.7) for i in range(4)]
+    factor = _random(4, 20, 6, seed=5)
+    thin = poemerge.solve(adapters, sensitivity=factor, **BOTH)
+    dense = poemerge.solve(torch.stack([s * b @ a for b, a, s in adapters]), sensitivity=factor, **BOTH)
+    torch.testing.assert_close(thin.dense(), dense.dense(), rtol=1e-5, atol=1e-7)
+    draws = thin.posterior.sample(3, generator=torch.Generator().manual_seed(0))
+    assert draws.shape == (3, 20, 26)
+
+
+def test_it_moves_theta_and_zeros_say_nothing() -> None:
+    deltas, factor = _random(3, 10, 12), _random(3, 10, 4, seed=1)
+    without = poemerge.solve(deltas, **BOTH).dense()
+    silent = poemerge.solve(deltas, sensitivity=torch.zeros_like(factor), **BOTH).dense()
+    torch.testing.assert_close(silent, without, rtol=1e-6, atol=1e-9)
+    minded = poemerge.solve(deltas, sensitivity=factor, **BOTH).dense()
+    assert (minded - without).norm() > 0.05 * without.norm()
+    twice = poemerge.solve(deltas, sensitivity=torch.tensor([3.0, 1e-3, 40.0])[:, None, None] * factor, **BOTH).dense()
+    torch.testing.assert_close(twice, minded, rtol=1e-6, atol=1e-9)
+
+
+def test_an_expert_that_did_not_move_has_no_say_however_much_it_minds() -> None:
+    deltas, factor = _random(3, 10, 12), _random(3, 10, 4, seed=1)
+    deltas[2] = 0
+    every = poemerge.solve(deltas, sensitivity=factor, **{**BOTH, "scale": "gram-norm"}).dense()
+    others = poemerge.solve(deltas[:2], sensitivity=factor[:2], **{**BOTH, "scale": "gram-norm"}).dense()
+    # The prior is relative to the mean diagonal of the sum, which is the same; the pooled input Gram leaves it out.
+    torch.testing.assert_close(every, others, rtol=1e-5, atol=1e-8)
+
+
+def test_one_expert_returns_itself_as_the_prior_vanishes() -> None:
+    delta, factor = _random(1, 8, 6), _random(1, 8, 3, seed=1)
+    theta = poemerge.solve(delta, sensitivity=factor, **{**BOTH, "prior_precision": 1e-12}).dense()
+    torch.testing.assert_close(theta, delta[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor", "expected"),
+    [
+        ({"side": "output"}, _random(3, 10, 4), 'side "both"'),
+        ({"side": "both"}, _random(2, 10, 4), "[3, 10, 's']"),
+        ({"side": "both"}, torch.full((3, 10, 4), torch.nan), "finite"),
+    ],
+    ids=["side", "shape", "nan"],
+)
+def test_what_cannot_be_is_refused(settings: dict[str, Any], factor: Tensor, expected: str) -> None:
+    with pytest.raises(BadInputError, match="sensitivity") as caught:
+        poemerge.solve(_random(3, 10, 12), sensitivity=factor, **settings)
+    assert expected in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sensitivity")
+    base = make_base(folder / "base")
+    return {
+        "base": base,
+        "one": make_full_expert(base, folder / "one", seed=1),
+        "lora": make_lora_expert(base, folder / "lora", seed=3),
+    }
+
+
+def _experts(models: dict[str, Path], *names: str) -> dict[str, Path]:
+    return {name: models[name] for name in names}
+
+
+def test_what_is_measured_is_the_covariance_of_the_gradients(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModel
+
+    monkeypatch.setattr(module, "_INPUTS", 2048)
+    experts = ExpertSet.open(models["base"], _experts(models, "one", "lora"))
+    found = measure(experts, "one")
+    assert set(found) == {name for name in experts.names() if experts.rule(name) == "matrix" and "pooler" not in name}
+
+    own = load_file(models["one"] / "model.safetensors")
+    head = own.pop("head.weight")
+    model = AutoModel.from_pretrained(models["base"]).eval()
+    model.load_state_dict(own)
+    generator = torch.Generator().manual_seed(5)
+    layer = model.get_submodule(OUTPUT.removesuffix(".weight"))
+    seen: list[Tensor] = []
+    layer.register_forward_hook(lambda _, __, out: seen.append(out))
+    tokens = torch.randint(1, model.config.vocab_size, (192, 32), generator=generator)
+    states = model(input_ids=tokens).last_hidden_state
+    logits = torch.nn.functional.normalize(states.mean(1), dim=-1) @ head.T
+    share = torch.softmax(logits, -1).detach()
+    expected = torch.zeros(32, 32)
+    for label in range(head.shape[0]):
+        # Exactly E[g gᵀ], class by class: the gradient of log p_c, weighed by p_c.
+        loss = (torch.log_softmax(logits, -1)[:, label] * share[:, label].sqrt()).sum()
+        (gradient,) = torch.autograd.grad(loss, seen[0], retain_graph=True)
+        rows = gradient.flatten(0, 1)
+        expected += rows.T @ rows / len(tokens)
+    torch.testing.assert_close(found[OUTPUT] @ found[OUTPUT].T, expected, atol=0.15 * float(expected.max()), rtol=0)
+
+
+def test_a_wide_layer_is_sketched(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = ExpertSet.open(models["base"], _experts(models, "lora"))
+    whole = measure(experts, "lora")[QUERY]
+    monkeypatch.setattr(module, "_RANK", 31)
+    sketch = measure(experts, "lora")[QUERY]
+    assert sketch.shape == (32, 31)
+    one, other = whole @ whole.T, sketch @ sketch.T
+    assert torch.trace(other) == pytest.approx(float(torch.trace(one)), rel=0.3)
+    assert float((one * other).sum() / one.norm() / other.norm()) > 0.7
+
+
+def test_a_merge_measures_once_and_says_so(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POEMERGE_CACHE", str(tmp_path / "cache"))
+    result = merge(models["base"], _experts(models, "one", "lora"), tmp_path / "m", MergeParams())
+    assert {one["sensitivity"] for one in result.record["experts"].values()} == {"measured"}
+    assert len(list((tmp_path / "cache" / "sensitivity").glob("*.safetensors"))) == 2
+    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured again"))
+    again = merge(models["base"], _experts(models, "one", "lora"), tmp_path / "again", MergeParams())
+    assert again.record["digest"] == result.record["digest"]
+    off = merge(models["base"], _experts(models, "one", "lora"), tmp_path / "off", MergeParams(sensitivity="off"))
+    assert off.record["digest"] != result.record["digest"]
+    assert {one["sensitivity"] for one in off.record["experts"].values()} == {"off"}
+    assert not [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")]
+
+
+def test_the_merge_is_the_solver_with_what_was_measured(models: dict[str, Path], tmp_path: Path) -> None:
+    merge(models["base"], _experts(models, "one", "lora"), tmp_path / "m", MergeParams(coefficient=0.7))
+    experts = ExpertSet.open(models["base"], _experts(models, "lora", "one"))
+    gather(experts, 1 << 32, tmp_path / "s")
+    factor = module.Sensitivities(tmp_path / "s").read(QUERY, ["lora", "one"], 32)
+    assert factor is not None
+    defaults = MergeParams()
+    theta = poemerge.solve(
+        experts.deltas(QUERY), sensitivity=factor, side="both", scale="common", scale_factor=defaults.scale_factor,
+        prior_precision=defaults.prior_precision, pooling=defaults.pooling, rtol=defaults.rtol,
+    ).dense()  # fmt: skip
+    merged = load_file(tmp_path / "m" / "model.safetensors")[QUERY] - experts.base.read(QUERY)
+    torch.testing.assert_close(merged / 0.7, theta, atol=2e-5, rtol=0)
+
+
+def test_an_expert_without_a_head_is_merged_without(models: dict[str, Path], tmp_path: Path) -> None:
+    tensors = load_file(models["one"] / "model.safetensors")
+    del tensors["head.weight"]
+    (tmp_path / "bare").mkdir()
+    save_file(tensors, tmp_path / "bare" / "model.safetensors")
+    record = merge(
+        models["base"], {"bare": tmp_path / "bare", "lora": models["lora"]}, tmp_path / "m", MergeParams()
+    ).record
+    assert record["experts"]["bare"]["sensitivity"] == "it has no head.weight"
+    assert record["experts"]["lora"]["sensitivity"] == "measured"
+
+
+def test_a_model_that_is_too_large_or_unknown_is_merged_without(models: dict[str, Path], tmp_path: Path) -> None:
+    experts = ExpertSet.open(models["base"], _experts(models, "one"))
+    assert "merge.max_memory" in why_not(experts, 1000)["one"]
+    config = json.loads((models["base"] / "config.json").read_text())
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    for file in models["base"].iterdir():
+        (odd / file.name).write_bytes(file.read_bytes())
+    (odd / "config.json").write_text(json.dumps({**config, "model_type": "never-heard-of"}))
+    reasons = gather(ExpertSet.open(odd, _experts(models, "lora")), 1 << 32, tmp_path / "s")
+    assert "never-heard-of" in reasons["lora"]
+
+
+def test_a_vision_model_is_measured_with_noise_for_an_image(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    ViTModel(config).save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    (tmp_path / "eyes").mkdir()
+    moved = {name: value + 0.01 * torch.randn_like(value) for name, value in tensors.items()}
+    save_file({**moved, "head.weight": torch.randn(3, 16)}, tmp_path / "eyes" / "model.safetensors")
+    experts = ExpertSet.open(tmp_path / "base", {"eyes": tmp_path / "eyes"})
+    found = measure(experts, "eyes")
+    expected = {name for name in experts.names() if experts.rule(name) == "matrix" and "pooler" not in name}
+    assert set(found) == expected
+    assert all(bool(factor.isfinite().all()) and float(factor.norm()) > 0 for factor in found.values())
