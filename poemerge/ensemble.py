@@ -21,7 +21,7 @@ from poemerge.contenders import Field
 from poemerge.errors import BadInputError, Problem
 from poemerge.merging import FamilyChoice, Selection
 from poemerge.merging.compute import solve_as_merged, with_length
-from poemerge.merging.sensitivity import Sensitivities, gather
+from poemerge.merging.sensitivity import Sensitivities, gather, why_not
 from poemerge.merging.settings import ParameterSettings, resolve
 from poemerge.params import MergeParams, parse_bytes
 from poemerge.suites.classification import columns_of
@@ -71,7 +71,7 @@ class Ensemble:
         minded = Sensitivities(folder / "sensitivity")
         try:
             if params.sensitivity == "auto":
-                gather(experts, parse_bytes(params.max_memory), minded.folder)
+                gather(experts, why_not(experts, parse_bytes(params.max_memory)), minded.folder)
             for number, name in enumerate(solved):
                 settings = resolve(params, selection, name, experts.rule(name))
                 noise = _noise(experts, name, settings, minded, count, f"{seed} {name}")

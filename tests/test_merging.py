@@ -182,6 +182,7 @@ def test_adapters_merge_as_their_densified_checkpoints_do(models: dict[str, Path
     for name in ("lora", "lora2"):
         model = PeftModel.from_pretrained(AutoModel.from_pretrained(models["base"]), models[name])
         model.merge_and_unload().save_pretrained(tmp_path / name)
+        shutil.copy(models[name] / "head.safetensors", tmp_path / name)
     for side in ("output", "input", "both"):
         params = MergeParams(side=side, max_steps=50, rtol=1e-7)
         merge(models["base"], _experts(models, "lora", "lora2"), tmp_path / "factored", params)

@@ -145,7 +145,7 @@ def test_what_is_measured_is_the_covariance_of_the_gradients(
 def test_a_wide_layer_is_sketched(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     experts = ExpertSet.open(models["base"], _experts(models, "lora"))
     whole = measure(experts, "lora")[QUERY]
-    monkeypatch.setattr(module, "_RANK", 31)
+    monkeypatch.setattr(module, "COLUMNS", 31)
     sketch = measure(experts, "lora")[QUERY]
     assert sketch.shape == (32, 31)
     one, other = whole @ whole.T, sketch @ sketch.T
@@ -172,7 +172,7 @@ def test_a_merge_measures_once_and_says_so(
 def test_the_merge_is_the_solver_with_what_was_measured(models: dict[str, Path], tmp_path: Path) -> None:
     merge(models["base"], _experts(models, "one", "lora"), tmp_path / "m", MergeParams(coefficient=0.7))
     experts = ExpertSet.open(models["base"], _experts(models, "lora", "one"))
-    gather(experts, 1 << 32, tmp_path / "s")
+    gather(experts, {}, tmp_path / "s")
     factor = module.Sensitivities(tmp_path / "s").read(QUERY, ["lora", "one"], 32)
     assert factor is not None
     defaults = MergeParams()
@@ -205,7 +205,7 @@ def test_a_model_that_is_too_large_or_unknown_is_merged_without(models: dict[str
     for file in models["base"].iterdir():
         (odd / file.name).write_bytes(file.read_bytes())
     (odd / "config.json").write_text(json.dumps({**config, "model_type": "never-heard-of"}))
-    reasons = gather(ExpertSet.open(odd, _experts(models, "lora")), 1 << 32, tmp_path / "s")
+    reasons = gather(ExpertSet.open(odd, _experts(models, "lora")), {}, tmp_path / "s")
     assert "never-heard-of" in reasons["lora"]
 
 

@@ -62,6 +62,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         help="merged weight = base + coefficient · merged delta; default of poe: by the task vectors' length",
     )
+    parser.add_argument(
+        "--sensitivity",
+        choices=("auto", "off"),
+        help="auto (default): measure what experts that hold a head.weight mind, by random inputs; off: do not",
+    )
     parser.add_argument("--include", action="append", metavar="GLOB", help="parameters to merge; default: all")
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="parameters that stay at the base")
     parser.add_argument(
@@ -256,6 +261,7 @@ def _show_plan(args: argparse.Namespace, checkpoints: ExpertSet, plan: Plan) -> 
         "seconds": cost.seconds,
         "rates": cost.rates,
         "rules": {**rules, "private": {name: list(names) for name, names in plan.private.items()}},
+        "sensitivity": {name: plan.not_measured.get(name, "measured") for name in sorted(checkpoints.experts)},
     }
     if args.json:
         print(json.dumps(document, indent=1))
@@ -279,6 +285,11 @@ def _show_plan(args: argparse.Namespace, checkpoints: ExpertSet, plan: Plan) -> 
     console = Console(highlight=False)
     console.width = max(console.width, 120) if not console.is_terminal else console.width
     console.print(table)
+    minded = [name for name in sorted(checkpoints.experts) if name not in plan.not_measured]
+    if minded and any(one.minded for one in plan.parameters):
+        console.print(
+            f"measures what the predictions of {', '.join(minded)} are sensitive to first, unless it is known"
+        )
     files = f"{len(plan.shards)} files" if len(plan.shards) > 1 else "one file"
     duration = f"about {_duration(cost.seconds)}" if cost.seconds >= 1 else "less than a second"
     console.print(

@@ -266,7 +266,7 @@ def _batched(
     settings: ParameterSettings,
     transposed: bool,
     dtype: torch.dtype,
-    sensitivity: Tensor | None,
+    sensitivity: Tensor | None = None,
 ) -> list[Merged]:
     """Several matrices of one shape in one call of the solver: what fills a GPU."""
     norms = torch.linalg.vector_norm(deltas.flatten(2), dim=2).cpu()

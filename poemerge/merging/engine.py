@@ -173,8 +173,7 @@ class _Work:
         first = unit.parameters[0]
         if not first.minded:
             return None
-        rows = first.shape[1 if first.transposed else 0]
-        found = [self._sensitivities.read(p.name, p.experts, rows) for p in unit.parameters]
+        found = [self._sensitivities.read(p.name, p.experts, p.outputs) for p in unit.parameters]
         known = next((one for one in found if one is not None), None)
         if known is None:
             return None

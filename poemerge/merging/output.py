@@ -33,11 +33,11 @@ def write_companions(
     plan: Plan,
     staging: Staging,
     with_digests: bool,
-    not_measured: Mapping[str, str] | None,
+    not_measured: Mapping[str, str],
 ) -> dict[str, Any]:
     """Write everything but the weights into the staging folder; returns the content of merge.json.
 
-    `not_measured`: by expert why its sensitivity is not known; None where none was asked for.
+    `not_measured`: by expert why its sensitivity counts nowhere.
     """
     records = {shard.file: staging.finished(shard, check=False) for shard in plan.shards}
     ledger = [line for record in records.values() if record is not None for line in record["ledger"]]
@@ -58,7 +58,7 @@ def write_companions(
                 **source_record(as_path(path), with_digests),
                 "kind": experts.experts[name].kind,
                 "lacks": experts.experts[name].lacks,
-                "sensitivity": "off" if not_measured is None else not_measured.get(name, "measured"),
+                "sensitivity": not_measured.get(name, "measured"),
             }
             for name, path in sorted(job.experts.items())
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from poemerge.checkpoints import ExpertSet, Shard, plan_shards
 from poemerge.checkpoints.safetensors_file import FLOATS
 from poemerge.errors import BadInputError, Problem
+from poemerge.merging.sensitivity import COLUMNS, why_not
 from poemerge.merging.settings import ELEMENTWISE, ParameterSettings, Selection, resolve
 from poemerge.numerics.solver import FLOAT32_RTOL, THIN
 from poemerge.params import MergeParams, Side, parse_bytes
@@ -44,6 +45,8 @@ class ParameterPlan:
     factored: bool
     transposed: bool
     why: str = ""
+    minded: bool = False
+    """Whether experts' measured sensitivities count in it: a matrix solved on both sides."""
     rank: int = 0
     """Of a factored parameter: the largest of its adapters' ranks."""
 
@@ -53,15 +56,14 @@ class ParameterPlan:
         return math.prod(self.shape)
 
     @property
+    def outputs(self) -> int:
+        """Of a matrix: the number of its layer's outputs."""
+        return self.shape[1 if self.transposed else 0]
+
+    @property
     def elementwise(self) -> bool:
         """Whether it is merged entry by entry, in blocks."""
         return self.settings is not None and self.settings.method in ELEMENTWISE
-
-    @property
-    def minded(self) -> bool:
-        """Whether the experts' sensitivities count in it: a matrix solved on both sides."""
-        own = self.settings
-        return own is not None and own.method == "poe" and own.side == "both" and len(self.shape) == 2
 
     @property
     def trimmed(self) -> bool:
@@ -87,6 +89,8 @@ class Plan:
     shards: tuple[Shard, ...]
     order: tuple[tuple[Unit, ...], ...]
     private: Mapping[str, tuple[str, ...]]
+    not_measured: Mapping[str, str]
+    """Why an expert's sensitivity counts nowhere, by expert."""
     bytes_read: int
     bytes_written: int
     max_memory: int
@@ -103,10 +107,12 @@ def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, dev
 
     Raises BadInputError when a parameter needs more memory than params.max_memory, or no parameter is merged.
     """
-    parameters = [_parameter(experts, params, selection, name) for name in experts.names()]
+    limit = parse_bytes(params.max_memory)
+    not_measured = dict.fromkeys(experts.experts, "off") if params.sensitivity == "off" else why_not(experts, limit)
+    measured = set(experts.experts) - set(not_measured)
+    parameters = [_parameter(experts, params, selection, name, measured) for name in experts.names()]
     shards = plan_shards([(p.name, p.dtype, p.shape) for p in parameters], parse_bytes(params.max_shard_size))
     by_name = {p.name: p for p in parameters}
-    limit = parse_bytes(params.max_memory)
     order: list[tuple[Unit, ...]] = []
     laid_out: list[Shard] = []
     for shard in shards:
@@ -145,6 +151,7 @@ def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, dev
         shards=tuple(laid_out),
         order=tuple(order),
         private={name: tuple(one.private_names()) for name, one in experts.experts.items()},
+        not_measured=not_measured,
         bytes_read=sum(_bytes_read(experts, p) for p in parameters),
         bytes_written=sum(shard.nbytes for shard in shards),
         max_memory=limit,
@@ -164,7 +171,9 @@ def _advice(p: ParameterPlan) -> str:
     return f"raise it, or override this parameter: {less}or method mean, task_arithmetic or ties, block by block"
 
 
-def _parameter(experts: ExpertSet, params: MergeParams, selection: Selection, name: str) -> ParameterPlan:
+def _parameter(
+    experts: ExpertSet, params: MergeParams, selection: Selection, name: str, measured: Set[str]
+) -> ParameterPlan:
     shape, stored = experts.base.shape(name), experts.base.dtype(name)
     dtype = stored if params.dtype == "base" or stored not in FLOATS else getattr(torch, params.dtype)
     touching = tuple(experts.touching(name))
@@ -175,6 +184,7 @@ def _parameter(experts: ExpertSet, params: MergeParams, selection: Selection, na
     settings = resolve(params, selection, name, experts.rule(name))
     factored = experts.is_factored(name) and settings.method == "poe"
     action: Action = "averaged" if settings.method in {"average", "mean", "rows"} else "merged"
+    both = settings.method == "poe" and settings.side == "both" and len(shape) == 2
     return ParameterPlan(
         name,
         shape,
@@ -185,6 +195,7 @@ def _parameter(experts: ExpertSet, params: MergeParams, selection: Selection, na
         touching,
         factored,
         experts.transposed(name),
+        minded=both and not measured.isdisjoint(touching),
         rank=max(experts.experts[expert].rank(name) for expert in touching) if factored else 0,
     )
 
@@ -261,6 +272,9 @@ def _factored_memory(p: ParameterPlan) -> int:
     rows, columns = (min(side, stacked) for side in p.shape)
     width = 4 if p.settings.rtol >= FLOAT32_RTOL else 8
     spans = 24 * sum(p.shape) * stacked + 64 * stacked**2
+    if p.minded:  # whole on the output side
+        core = replace(p, shape=(p.outputs, columns if not p.transposed else rows), factored=False, transposed=False)
+        return spans + int(width * (1 + _working_sets(core)) * count * math.prod(core.shape))
     if THIN * rank <= min(rows, columns):
         return spans + 32 * width * stacked**2
     core = replace(p, shape=(rows, columns), factored=False, transposed=False)
@@ -278,7 +292,9 @@ def _working_sets(p: ParameterPlan) -> float:
     rows, columns = (p.shape[-2:] if len(p.shape) > 1 else (1, p.entries))[:: -1 if p.transposed else 1]
     count = len(p.experts)
     if p.settings.side == "both":
-        return 9 + 28 / count + (rows / columns + columns / rows) / 2
+        # A sensitivity: as it is read, at unit norm, beside Â_i, and that in the eigenbasis and weighed.
+        minded = 5 * min(rows, COLUMNS) / columns + 2 if p.minded else 0
+        return 9 + 28 / count + (rows / columns + columns / rows) / 2 + minded
     return 5.5 + 8 / count + 3 * (rows / columns if p.settings.side == "output" else columns / rows)
 
 

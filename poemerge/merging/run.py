@@ -16,7 +16,7 @@ from poemerge.merging.plan import Plan
 from poemerge.merging.sensitivity import gather
 from poemerge.merging.settings import Selection
 from poemerge.merging.staging import Staging, check_output, job_key
-from poemerge.params import MergeParams, parse_bytes
+from poemerge.params import MergeParams
 
 __all__ = ["MergeResult", "merge", "prepare"]
 
@@ -72,7 +72,10 @@ def merge(
         key = job_key({"inputs": input_identities(job), **job.description()})
         staging = Staging(out, key)
         with staging.hold():
-            reasons = _measure(job, checkpoints, plan, staging)
+            if any(one.minded for one in plan.parameters):
+                reasons = gather(checkpoints, plan.not_measured, staging.sensitivities)
+            else:
+                reasons = dict.fromkeys(checkpoints.experts, "no matrix is solved with it") | dict(plan.not_measured)
             pending = [i for i, shard in enumerate(plan.shards) if staging.finished(shard) is None]
             resumed = len(plan.shards) - len(pending)
             if params.engine == "dask":
@@ -87,10 +90,3 @@ def merge(
         return MergeResult(out, record, resumed)
     finally:
         checkpoints.close()
-
-
-def _measure(job: Job, checkpoints: ExpertSet, plan: Plan, staging: Staging) -> dict[str, str] | None:
-    """Have the experts' sensitivities ready where a matrix is solved with them; why not by expert, None if none is."""
-    if job.params.sensitivity == "off" or not any(one.minded for one in plan.parameters):
-        return None
-    return gather(checkpoints, parse_bytes(job.params.max_memory), staging.sensitivities)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from poemerge.checkpoints.safetensors_file import SafetensorsFile
 from poemerge.merging.identity import identity_of
 from poemerge.merging.stream import single_threaded
 
-__all__ = ["Sensitivities", "gather", "measure", "why_not"]
+__all__ = ["COLUMNS", "Sensitivities", "gather", "measure", "why_not"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _VERSION = 1
 _INPUTS = 256
 _BATCH = 32
 _TOKENS = 32
-_RANK = 512
+COLUMNS = 512
 """The most columns of F: a layer with more outputs has its S sketched by so many."""
 
 _ROOM = 4
@@ -87,12 +87,12 @@ def why_not(experts: ExpertSet, max_memory: int) -> dict[str, str]:
     return dict.fromkeys(experts.experts, reason)
 
 
-def gather(experts: ExpertSet, max_memory: int, folder: Path) -> dict[str, str]:
+def gather(experts: ExpertSet, not_measured: Mapping[str, str], folder: Path) -> dict[str, str]:
     """Put every expert's factors into `folder`, measured now or kept from an earlier merge of the same bytes.
 
-    Returns by expert why there is none.
+    Returns by expert why there is none: as `not_measured` says, or for what went wrong.
     """
-    reasons = why_not(experts, max_memory)
+    reasons = dict(not_measured)
     folder.mkdir(parents=True, exist_ok=True)
     for name in experts.experts:
         target = folder / f"{name}.safetensors"
@@ -183,17 +183,18 @@ class _Covariance:
 
     def _add(self, gradient: Tensor) -> None:
         rows = gradient.detach().reshape(-1, gradient.shape[-1])
-        other = rows if rows.shape[-1] <= _RANK else _signs((len(rows), _RANK), self._generator) / _RANK**0.5
+        other = rows if rows.shape[-1] <= COLUMNS else _signs((len(rows), COLUMNS), self._generator) / COLUMNS**0.5
         self.total = rows.mT @ other if self.total is None else self.total.addmm_(rows.mT, other)
 
     def factor(self) -> Tensor:
         """F `[out, s]`."""
         assert self.total is not None
-        if self.total.shape[0] > _RANK:
-            return self.total / _INPUTS**0.5
+        if self.total.shape[0] > COLUMNS:
+            sketch: Tensor = self.total / _INPUTS**0.5
+            return sketch
         values, vectors = torch.linalg.eigh(self.total.double() / _INPUTS)
-        factor: Tensor = vectors * values.clamp_min(0).sqrt()
-        return factor.float()
+        root: Tensor = (vectors * values.clamp_min(0).sqrt()).float()
+        return root
 
 
 def _model(experts: ExpertSet) -> Any:
