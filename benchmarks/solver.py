@@ -175,7 +175,8 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not (isinstance(func, torch._ops.OpOverload) and func.is_view):
             leaves = tree_leaves((args, kwargs, result))
-            self.total += sum(leaf.untyped_storage().nbytes() for leaf in leaves if isinstance(leaf, Tensor))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            self.total += sum(min(one.nbytes, one.untyped_storage().nbytes()) for one in tensors)
         return result
 
 
