@@ -82,6 +82,7 @@ def test_plain_steps_follow_the_released_ones(size: float) -> None:
     for steps in (1, 2, 5):
         solution = solve(
             deltas,
+            side="output",
             scale="task-norm",
             scale_factor=0.3,
             prior="absolute",

@@ -261,8 +261,8 @@ def test_accelerated_ends_no_higher_than_plain(deltas: Tensor, chosen: dict[str,
 
 
 def test_accelerated_needs_half_of_the_steps_of_a_stiff_problem(stiff: Tensor) -> None:
-    plain = solve(stiff, scale="task-norm", scale_factor=1e-3, max_steps=2000, accelerate=False)
-    fast = solve(stiff, scale="task-norm", scale_factor=1e-3, max_steps=2000)
+    plain = solve(stiff, side="output", scale="task-norm", scale_factor=1e-3, max_steps=2000, accelerate=False)
+    fast = solve(stiff, side="output", scale="task-norm", scale_factor=1e-3, max_steps=2000)
     assert plain.outcome.code == fast.outcome.code == "converged"
     assert 2 * fast.steps <= plain.steps
     assert apart(fast.theta, plain.theta) < 1e-5
@@ -351,13 +351,13 @@ def test_nothing_to_merge_is_zero(side: str) -> None:
 def test_one_bad_member_of_a_batch_does_not_hide() -> None:
     batch = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     batch[1] = 1.0
-    solution = solve(batch, prior_precision=0.0, max_steps=500)
+    solution = solve(batch, side="output", scale="task-norm", scale_factor=0.01, prior_precision=0.0, max_steps=500)
     assert solution.outcome.code == "failed"
     assert [member.outcome.ok for member in solution.unbind()] == [True, False, True]
 
 
 def test_the_step_limit_is_told(stiff: Tensor) -> None:
-    solution = solve(stiff, scale="task-norm", scale_factor=1e-3, max_steps=2)
+    solution = solve(stiff, side="output", scale="task-norm", scale_factor=1e-3, max_steps=2)
     assert solution.outcome.code == "step-limit"
     assert solution.outcome.ok
     assert solution.steps == 2
@@ -386,7 +386,7 @@ def test_autocast_and_matmul_precision_have_no_say() -> None:
 
 def test_a_named_start_is_where_the_energy_begins(stiff: Tensor) -> None:
     theta = solve(stiff).theta
-    again = solve(stiff, init=theta, scale=torch.ones(8), prior="absolute", prior_precision=1e-3)
+    again = solve(stiff, side="output", init=theta, scale=torch.ones(8), prior="absolute", prior_precision=1e-3)
     residual_sq = (stiff.mT @ (theta - stiff)).square().sum((1, 2))
     energy = residual_sq.log1p().sum() + 1e-3 * theta.square().sum()
     assert float(again.energy[0]) == pytest.approx(float(energy), rel=1e-9)
