@@ -13,7 +13,7 @@ from torch import Tensor
 
 import poemerge
 from poemerge.checkpoints import ExpertSet
-from poemerge.errors import BadInputError
+from poemerge.errors import BadInputError, CheckpointError
 from poemerge.merging import merge
 from poemerge.merging import sensitivity as module
 from poemerge.merging.sensitivity import gather, measure, why_not
@@ -225,3 +225,14 @@ def test_a_vision_model_is_measured_with_noise_for_an_image(tmp_path: Path) -> N
     expected = {name for name in experts.names() if experts.rule(name) == "matrix" and "pooler" not in name}
     assert set(found) == expected
     assert all(bool(factor.isfinite().all()) and float(factor.norm()) > 0 for factor in found.values())
+
+
+def test_an_expert_of_no_numbers_is_named_by_the_merge_itself(models: dict[str, Path], tmp_path: Path) -> None:
+    tensors = load_file(models["one"] / "model.safetensors")
+    tensors[QUERY][0, 0] = torch.nan
+    (tmp_path / "broken").mkdir()
+    save_file(tensors, tmp_path / "broken" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="NaN") as caught:
+        merge(models["base"], {"broken": tmp_path / "broken", "lora": models["lora"]}, tmp_path / "m", MergeParams())
+    assert QUERY in str(caught.value)
+    assert not (tmp_path / "m").exists()

@@ -24,6 +24,7 @@ from poemerge.cache import cache_root
 from poemerge.checkpoints import ExpertSet, model_config, save_tensors
 from poemerge.checkpoints.names import match_names
 from poemerge.checkpoints.safetensors_file import SafetensorsFile
+from poemerge.errors import PoemergeError
 from poemerge.merging.identity import identity_of
 from poemerge.merging.stream import single_threaded
 
@@ -98,21 +99,19 @@ def gather(experts: ExpertSet, not_measured: Mapping[str, str], folder: Path) ->
         target = folder / f"{name}.safetensors"
         if name in reasons or target.is_file():
             continue
-        key = [_VERSION, identity_of(experts.base.path), identity_of(experts.experts[name].path)]
-        kept = (
-            cache_root()
-            / "sensitivity"
-            / f"{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()}.safetensors"
-        )
+        kept = _kept(experts, name)
         if not kept.is_file():
             try:
                 found = measure(experts, name)
-            except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-                # A model that transformers cannot build here is merged as it would be without.
-                reasons[name] = (
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-                )
+            except PoemergeError:
+                raise
+            except Exception as error:
+                # Whatever transformers cannot do with a model: it is merged as it would be without.
+                reasons[name] = f"{type(error).__name__}: {(str(error) or 'nothing said').splitlines()[0]}"
                 log.warning("%s: sensitivity not measured: %s", name, reasons[name])
+                continue
+            if not all(bool(factor.isfinite().all()) for factor in found.values()):
+                reasons[name] = "its gradients are not finite"
                 continue
             kept.parent.mkdir(parents=True, exist_ok=True)
             save_tensors(kept, found)
@@ -120,6 +119,13 @@ def gather(experts: ExpertSet, not_measured: Mapping[str, str], folder: Path) ->
         shutil.copyfile(kept, partial)
         partial.replace(target)
     return reasons
+
+
+def _kept(experts: ExpertSet, name: str) -> Path:
+    """Where the measurement of these bytes is kept."""
+    key = [_VERSION, identity_of(experts.base.path), identity_of(experts.experts[name].path)]
+    digest = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()
+    return cache_root() / "sensitivity" / f"{digest}.safetensors"
 
 
 def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
@@ -130,8 +136,8 @@ def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
 
     256 inputs of 32 random tokens (or normal noise in place of an image) go through the expert in float32 on one thread
     of the CPU. At its logits the gradient is drawn from N(0, diag p − p pᵀ), the Fisher matrix of its prediction p.
-    Raises what transformers raises for a model that it
-    cannot build, KeyError where no linear layer is a matrix of the base.
+    Raises what transformers raises for a model that it cannot build, ValueError where no linear layer is a matrix of
+    the base.
     """
     log.info("%s: measuring what its predictions are sensitive to", name)
     generator = torch.Generator().manual_seed(0)
@@ -140,7 +146,7 @@ def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
         _become(model, experts, name)
         layers = dict(_linear_layers(model, experts))
         if not layers:
-            raise KeyError("no linear layer is a matrix of the base")
+            raise ValueError("no linear layer is a matrix of the base")
         private = experts.experts[name].read_private()
         weight, bias = private["head.weight"].float(), private.get("head.bias")
         found = {own: _Covariance(generator) for own in layers}
@@ -202,7 +208,7 @@ def _model(experts: ExpertSet) -> Any:
     from transformers import AutoConfig, AutoModel
 
     folder = experts.base.path
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind: Any = AutoModel
     if config.model_type in {"clip", "clip_vision_model"}:
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -211,7 +217,9 @@ def _model(experts: ExpertSet) -> Any:
         width = config.projection_dim
         config, kind = CLIPVisionConfig.from_pretrained(folder, projection_dim=width), CLIPVisionModelWithProjection
     with _quiet():
-        model = kind.from_pretrained(folder, config=config, dtype=torch.float32)
+        model = kind.from_pretrained(
+            folder, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
     return model.eval().requires_grad_(False)
 
 
