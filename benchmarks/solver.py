@@ -202,7 +202,13 @@ def lora_rows(options: Options) -> list[Row]:
     theirs, (reference, steps) = timed(
         lambda: textbook(dense, scale_factor=0.01, side="output", most=options.textbook_steps), options.device, 1
     )
-    settings: dict[str, Any] = {"expert": "cauchy", "scale": "task-norm", "scale_factor": 0.01, **PRIOR}
+    settings: dict[str, Any] = {
+        "expert": "cauchy",
+        "side": "output",
+        "scale": "task-norm",
+        "scale_factor": 0.01,
+        **PRIOR,
+    }
 
     def ours_once() -> Solution:
         solution = solve(factors, rtol=RTOL, **settings)
@@ -228,7 +234,8 @@ def stiff_rows(device: str) -> list[Row]:
         for shape in ((8, 192, 192), (5, 128, 48)):
             for seed in (0, 1):
                 deltas = task_vectors(*shape, seed=seed).double().to(device)
-                settings = {"expert": "cauchy", "scale": scale, "scale_factor": 1e-3, "rtol": RTOL, "max_steps": 3000}
+                settings: dict[str, Any] = {"side": "output", "scale": scale, "scale_factor": 1e-3}
+                settings |= {"expert": "cauchy", "rtol": RTOL, "max_steps": 3000}
                 plain = solve(deltas, accelerate=False, **settings, **PRIOR)
                 fast = solve(deltas, **settings, **PRIOR)
                 rise = float((fast.energy[-1] - plain.energy[-1]) / plain.energy[-1])
@@ -243,7 +250,13 @@ def stiff_rows(device: str) -> list[Row]:
 def batch_row(repeats: int) -> list[Row]:
     """On a GPU: 24 equal matrices at once against one after the other."""
     deltas = torch.stack([task_vectors(8, 384, 384, seed=seed) for seed in range(24)]).cuda()
-    settings = {"expert": "cauchy", "scale": "gram-norm", "scale_factor": 0.1, "rtol": RTOL}
+    settings: dict[str, Any] = {
+        "expert": "cauchy",
+        "side": "output",
+        "scale": "gram-norm",
+        "scale_factor": 0.1,
+        "rtol": RTOL,
+    }
     single, _ = timed(lambda: [solve(one, **settings, **PRIOR) for one in deltas], "cuda", repeats)
     together, _ = timed(lambda: solve(deltas, **settings, **PRIOR), "cuda", repeats)
     return [Row("24 matrices 384×384, 8 experts", f"{single:.3f} s", f"{together:.3f} s", single / together, 1.0)]
