@@ -69,4 +69,9 @@ def _report(result: MergeResult, seconds: float) -> StageReport:
         for outcome in ("failed", "step-limit")
         if outcome in record["outcomes"]
     ]
+    said = {name: one["sensitivity"] for name, one in record["experts"].items()}
+    if "measured" in said.values():
+        warnings += [
+            f"{name} is merged without its sensitivity: {why}" for name, why in said.items() if why != "measured"
+        ]
     return StageReport(headline, rows, warnings=warnings)
