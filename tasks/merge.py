@@ -71,7 +71,6 @@ def _report(result: MergeResult, seconds: float) -> StageReport:
     ]
     said = {name: one["sensitivity"] for name, one in record["experts"].items()}
     if "measured" in said.values():
-        warnings += [
-            f"{name} is merged without its sensitivity: {why}" for name, why in said.items() if why != "measured"
-        ]
+        lacking = {name: why for name, why in said.items() if why != "measured"}
+        warnings += [f"{name} is merged without its sensitivity: {why}" for name, why in lacking.items()]
     return StageReport(headline, rows, warnings=warnings)
