@@ -169,6 +169,15 @@ def test_a_merge_measures_once_and_says_so(
     assert not [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")]
 
 
+def test_a_cache_that_cannot_be_written_costs_time_alone(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("POEMERGE_CACHE", str(tmp_path / "file"))
+    record = merge(models["base"], _experts(models, "one"), tmp_path / "m", MergeParams()).record
+    assert record["experts"]["one"]["sensitivity"] == "measured"
+
+
 def test_the_merge_is_the_solver_with_what_was_measured(models: dict[str, Path], tmp_path: Path) -> None:
     merge(models["base"], _experts(models, "one", "lora"), tmp_path / "m", MergeParams(coefficient=0.7))
     experts = ExpertSet.open(models["base"], _experts(models, "lora", "one"))

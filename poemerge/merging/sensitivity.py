@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,19 @@ def gather(experts: ExpertSet, not_measured: Mapping[str, str], folder: Path) ->
             if not all(bool(factor.isfinite().all()) for factor in found.values()):
                 reasons[name] = "its gradients are not finite"
                 continue
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(kept, found)
-        partial = target.with_name(target.name + ".partial")
-        shutil.copyfile(kept, partial)
-        partial.replace(target)
+            save_tensors(target, found)
+            with suppress(OSError):  # a home that cannot be written costs the next merge a measurement
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                _copy(target, kept)
+        else:
+            _copy(kept, target)
     return reasons
+
+
+def _copy(source: Path, target: Path) -> None:
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
 
 
 def _kept(experts: ExpertSet, name: str) -> Path:
