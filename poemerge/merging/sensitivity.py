@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from poemerge.checkpoints.names import match_names
 from poemerge.checkpoints.safetensors_file import SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.identity import identity_of
-from poemerge.merging.stream import single_threaded
+from poemerge.merging.stream import processors, single_threaded
 
 __all__ = ["COLUMNS", "Sensitivities", "gather", "measure", "why_not"]
 
@@ -42,8 +44,12 @@ _TOKENS = 32
 COLUMNS = 512
 """The most columns of F: a layer with more outputs has its S sketched by so many."""
 
+_AT_ONCE = 2
 _ROOM = 4
-"""A model in float32 with its activations and gradients takes about this many times its size."""
+"""Two models in float32 with their activations and gradients take at most this many times the size of one."""
+
+_loading = threading.Lock()
+"""transformers changes settings of the whole process while it loads a model."""
 
 
 @dataclass(frozen=True)
@@ -96,31 +102,39 @@ def gather(experts: ExpertSet, not_measured: Mapping[str, str], folder: Path) ->
     """
     reasons = dict(not_measured)
     folder.mkdir(parents=True, exist_ok=True)
+    missing = []
     for name in experts.experts:
-        target = folder / f"{name}.safetensors"
-        if name in reasons or target.is_file():
-            continue
-        kept = _kept(experts, name)
-        if not kept.is_file():
-            try:
-                found = measure(experts, name)
-            except PoemergeError:
-                raise
-            except Exception as error:
-                # Whatever transformers cannot do with a model: it is merged as it would be without.
-                reasons[name] = f"{type(error).__name__}: {(str(error) or 'nothing said').splitlines()[0]}"
-                log.warning("%s: sensitivity not measured: %s", name, reasons[name])
-                continue
-            if not all(bool(factor.isfinite().all()) for factor in found.values()):
-                reasons[name] = "its gradients are not finite"
-                continue
-            save_tensors(target, found)
-            with suppress(OSError):  # a home that cannot be written costs the next merge a measurement
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                _copy(target, kept)
-        else:
-            _copy(kept, target)
+        if name not in reasons and not (target := folder / f"{name}.safetensors").is_file():
+            if (kept := _kept(experts, name)).is_file():
+                _copy(kept, target)
+            else:
+                missing.append(name)
+    if missing:
+        with single_threaded(), ThreadPoolExecutor(min(processors(), _AT_ONCE)) as pool:
+            said = pool.map(lambda name: _measured(experts, name, folder), missing)
+            reasons |= {name: reason for name, reason in zip(missing, said, strict=True) if reason is not None}
     return reasons
+
+
+def _measured(experts: ExpertSet, name: str, folder: Path) -> str | None:
+    """Measure one expert into `folder` and keep it; why that cannot be, None when it is done."""
+    try:
+        found = measure(experts, name)
+    except PoemergeError:
+        raise
+    except Exception as error:
+        # Whatever transformers cannot do with a model: it is merged as it would be without.
+        reason = f"{type(error).__name__}: {(str(error) or 'nothing said').splitlines()[0]}"
+        log.warning("%s: sensitivity not measured: %s", name, reason)
+        return reason
+    if not all(bool(factor.isfinite().all()) for factor in found.values()):
+        return "its gradients are not finite"
+    target, kept = folder / f"{name}.safetensors", _kept(experts, name)
+    save_tensors(target, found)
+    with suppress(OSError):  # a home that cannot be written costs the next merge a measurement
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        _copy(target, kept)
+    return None
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -150,7 +164,8 @@ def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
     log.info("%s: measuring what its predictions are sensitive to", name)
     generator = torch.Generator().manual_seed(0)
     with single_threaded():
-        model = _model(experts)
+        with _loading:
+            model = _model(experts)
         _become(model, experts, name)
         layers = dict(_linear_layers(model, experts))
         if not layers:
