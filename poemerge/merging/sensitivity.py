@@ -138,8 +138,12 @@ def _measured(experts: ExpertSet, name: str, folder: Path) -> str | None:
 
 
 def _copy(source: Path, target: Path) -> None:
+    """`target` with the bytes of `source`, which nobody changes: a link where the file system can."""
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    shutil.copyfile(source, partial)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
     partial.replace(target)
 
 
