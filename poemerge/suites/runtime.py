@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from poemerge.errors import SuiteError
+from poemerge.quiet import quiet_loading
 from poemerge.suites.protocol import Model
 
 __all__ = ["Runtime", "choose_runtime", "private_tensors"]
@@ -89,7 +90,7 @@ class Runtime:
             config_folder = folder
         config = (config_class or AutoConfig).from_pretrained(config_folder, **changes)
         weights = self.dtype if self.device.type == "cuda" else torch.float32
-        with _quiet():
+        with quiet_loading():
             module, loading = auto_class.from_pretrained(folder, config=config, dtype=weights, output_loading_info=True)
         state = module.state_dict()
         unfit = [name for name, tensor in private.items() if name in state and state[name].shape != tensor.shape]
@@ -123,22 +124,6 @@ def _of_base(base: Path, wanted: set[str]) -> dict[str, Tensor]:
         return {name: checkpoint.read(name) for name in wanted & set(checkpoint.names())}
     finally:
         checkpoint.close()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What transformers prints of missing and unexpected parameters is checked here instead."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _add_adapter(module: Any, folder: Path) -> None:
