@@ -169,6 +169,17 @@ def test_a_merge_measures_once_and_says_so(
     assert not [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")]
 
 
+def test_a_merge_of_a_part_is_no_measurement_of_the_whole(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = _experts(models, "one", "lora")
+    monkeypatch.setenv("POEMERGE_CACHE", str(tmp_path / "fresh"))
+    whole = merge(models["base"], experts, tmp_path / "whole", MergeParams()).record
+    monkeypatch.setenv("POEMERGE_CACHE", str(tmp_path / "used"))
+    merge(models["base"], experts, tmp_path / "part", MergeParams(include=("*layer.1*",)))
+    assert merge(models["base"], experts, tmp_path / "again", MergeParams()).record["digest"] == whole["digest"]
+
+
 def test_a_cache_that_cannot_be_written_costs_time_alone(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from poemerge.checkpoints.safetensors_file import SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.identity import identity_of
 from poemerge.merging.stream import processors, single_threaded
+from poemerge.quiet import quiet_loading
 
 __all__ = ["COLUMNS", "Sensitivities", "gather", "measure", "why_not"]
 
@@ -148,8 +149,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _kept(experts: ExpertSet, name: str) -> Path:
-    """Where the measurement of these bytes is kept."""
-    key = [_VERSION, identity_of(experts.base.path), identity_of(experts.experts[name].path)]
+    """Where the measurement of these bytes, and of the parameters that are selected, is kept."""
+    selected = [own for own in experts.names() if experts.rule(own) != "base"]
+    key = [_VERSION, identity_of(experts.base.path), identity_of(experts.experts[name].path), selected]
     digest = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()
     return cache_root() / "sensitivity" / f"{digest}.safetensors"
 
@@ -243,27 +245,11 @@ def _model(experts: ExpertSet) -> Any:
         # The base's architecture: a bare vision tower does not know the width of the projection.
         width = config.projection_dim
         config, kind = CLIPVisionConfig.from_pretrained(folder, projection_dim=width), CLIPVisionModelWithProjection
-    with _quiet():
+    with quiet_loading():
         model = kind.from_pretrained(
             folder, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
         )
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bar for every model that transformers loads, nor what it says of parameters that nothing here reads."""
-    from transformers.utils import logging as theirs
-
-    level, bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        theirs.set_verbosity(level)
-        if bar:
-            theirs.enable_progress_bar()
 
 
 def _names(model: Any, experts: ExpertSet) -> Iterator[tuple[str, str]]:
