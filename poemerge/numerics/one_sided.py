@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["OneSided", "Referenced", "dot", "gram", "inner", "norm_sq", "normal_solve", "without_size"]
+__all__ = ["AsGiven", "OneSided", "Referenced", "dot", "gram", "inner", "norm_sq", "normal_solve", "without_size"]
 
 # Up to this many rows the factorisation runs in float64 whatever the deltas are in: it is a few percent of a step.
 _FLOAT64_ROWS = 1024
@@ -98,7 +98,28 @@ class Referenced:
         return residual_sq
 
 
-class OneSided(Referenced):
+class AsGiven:
+    """What one-sided problems share, dense or thin: solved in the coordinates of the deltas."""
+
+    # r is in the units of the deltas to this power.
+    residual_degree = 2
+    mean_over: int
+    trace: Float[Tensor, "batch expert"]
+
+    def mean_diagonal(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, " batch"]:
+        """Mean diagonal entry of Σ w_i G_i."""
+        return (weights * self.trace).sum(-1) / self.mean_over
+
+    def enter(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch out in"]:
+        """Into the coordinates that the problem is solved in: the given ones."""
+        return theta
+
+    def leave(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch out in"]:
+        """Back to the coordinates of the deltas."""
+        return theta
+
+
+class OneSided(AsGiven, Referenced):
     """H(w)Θ = Σ w_i G_i A_i on the output side, for a batch of equal shapes (transpose the deltas for the input side).
 
     Everything is kept about a reference C: with S_i = G_i(C − A_i) and Δ = Θ − C,
@@ -108,9 +129,6 @@ class OneSided(Referenced):
     so a step costs one factorisation, one solve and one ΔΔᵀ whatever the number of experts, and what cancels is of the
     size of the residual at C instead of ‖G_i‖².
     """
-
-    # r is in the units of the deltas to this power.
-    residual_degree = 2
 
     def __init__(self, deltas: Float[Tensor, "batch expert out in"], mean_over: int) -> None:
         """`mean_over`: how many diagonal entries mean diag H averages over (the full `out` for a factored solve)."""
@@ -131,10 +149,6 @@ class OneSided(Referenced):
         else:
             self.slopes = self.grams @ difference
             self.reference_residual_sq = (self.slopes * difference).sum(-1).double().sum(-1).clamp_min(0)
-
-    def mean_diagonal(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, " batch"]:
-        """Mean diagonal entry of Σ w_i G_i."""
-        return (weights * self.trace).sum(-1) / self.mean_over
 
     def minimise(
         self,
@@ -166,11 +180,3 @@ class OneSided(Referenced):
         across = torch.cat([theta - self.reference, step, last], 1) @ step.mT
         offset, own, other = (inner(self.grams, block) for block in across.chunk(3, dim=1))
         return inner(self.slopes, step) + offset, own, other
-
-    def enter(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch out in"]:
-        """Into the coordinates that the problem is solved in: the given ones."""
-        return theta
-
-    def leave(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch out in"]:
-        """Back to the coordinates of the deltas."""
-        return theta

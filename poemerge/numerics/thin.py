@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from poemerge.numerics.adapters import LowRank
-from poemerge.numerics.one_sided import Referenced, normal_solve, without_size
+from poemerge.numerics.one_sided import AsGiven, Referenced, normal_solve, without_size
 from poemerge.numerics.two_sided import Kronecker
 
 __all__ = ["ThinOneSided", "ThinTwoSided"]
@@ -83,10 +83,8 @@ def _sum(products: Float[Tensor, "batch expert r in"]) -> Float[Tensor, "batch e
     return total
 
 
-class ThinOneSided(_Thin):
+class ThinOneSided(AsGiven, _Thin):
     """`OneSided` for experts of low rank: H(w) = Σ w_i P_iK_iP_iᵀ + λI, R_i the identity."""
-
-    residual_degree = 2
 
     def __init__(self, deltas: LowRank, mean_over: int) -> None:
         """`mean_over`: how many diagonal entries mean diag H averages over (the full `out`)."""
@@ -98,10 +96,6 @@ class ThinOneSided(_Thin):
         self._refer(self._mean(ones))
         self.half = left @ middle
         self.trace = self.norm_sq = _sum(self.half * left).clamp_min(0)
-
-    def mean_diagonal(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, " batch"]:
-        """Mean diagonal entry of Σ w_i G_i."""
-        return (weights * self.trace).sum(-1) / self.mean_over
 
     def minimise(
         self,
@@ -115,14 +109,6 @@ class ThinOneSided(_Thin):
         heavy = weights.to(self.left.dtype)
         matrix = (heavy[..., None, None] * self.half).transpose(1, 2).flatten(2) @ self.long.mT
         return normal_solve(matrix, prior, self._slope(heavy), self.reference)
-
-    def enter(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch out in"]:
-        """Into the coordinates that the problem is solved in: the given ones."""
-        return theta
-
-    def leave(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch out in"]:
-        """Back to the coordinates of the deltas."""
-        return theta
 
 
 class ThinTwoSided(_Thin, Kronecker):
