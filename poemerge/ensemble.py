@@ -70,10 +70,10 @@ class Ensemble:
         folder.mkdir(parents=True)
         minded = Sensitivities(folder / "sensitivity")
         try:
-            if params.sensitivity == "auto":
+            chosen = {name: resolve(params, selection, name, experts.rule(name)) for name in solved}
+            if params.sensitivity == "auto" and any(settings.side == "both" for settings in chosen.values()):
                 gather(experts, why_not(experts, parse_bytes(params.max_memory)), minded.folder)
-            for number, name in enumerate(solved):
-                settings = resolve(params, selection, name, experts.rule(name))
+            for number, (name, settings) in enumerate(chosen.items()):
                 noise = _noise(experts, name, settings, minded, count, f"{seed} {name}")
                 np.save(folder / f"{number}.npy", noise.numpy(), allow_pickle=False)
         finally:
