@@ -236,14 +236,15 @@ def test_batching_changes_nothing(deltas: Tensor, chosen: dict[str, Any], count:
 @given(problems(4), choices(), st.integers(2, 4))
 def test_the_batched_core_equals_one_by_one(deltas: Tensor, chosen: dict[str, Any], count: int) -> None:
     """The path that a GPU takes: members of one batch, which end at different steps, do not touch each other."""
-    from poemerge.numerics import solver
+    from poemerge.numerics.core import solve_core
+    from poemerge.numerics.settings import Settings
 
     batch = torch.stack([deltas * (1 + 0.3 * index) + 0.02 * index for index in range(count)])
-    wanted = solver._Settings(
+    wanted = Settings(
         **{"prior": "relative", "init": "gaussian", "max_steps": 2000, "rtol": 1e-9, "accelerate": False, **chosen}
     )
     size = (batch.shape[-2], batch.shape[-1])
-    together = solver._solve_core(batch, size, None, None, wanted)
+    together = solve_core(batch, size, None, None, wanted)
     for member, one in zip(together, batch, strict=True):
         alone = tight(one, **{**chosen, "rtol": 1e-9})
         assert apart(member.dense(), alone.theta) < 1e-3

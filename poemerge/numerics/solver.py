@@ -1,34 +1,24 @@
 """`solve`: the mode of a product of experts over one weight matrix, or a batch of equal shapes."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from poemerge.errors import BadInputError, NumericsError, Problem
-from poemerge.numerics import solution as ended
+from poemerge.errors import NumericsError
 from poemerge.numerics.adapters import Adapter, Adapters, LowRank, not_finite
-from poemerge.numerics.experts import Energy, Expert, Family
-from poemerge.numerics.majorise import Mode, find_mode, settled_gap
-from poemerge.numerics.one_sided import OneSided, norm_sq
+from poemerge.numerics.core import solve_core
+from poemerge.numerics.experts import Family
 from poemerge.numerics.posterior import Posterior, Side
 from poemerge.numerics.precision import full_precision, working_dtype
-from poemerge.numerics.solution import Basis, Factored, Outcome, Solution, join
-from poemerge.numerics.thin import ThinOneSided, ThinTwoSided
-from poemerge.numerics.two_sided import TwoSided
+from poemerge.numerics.settings import Prior, Scale, Settings, bad_setting
+from poemerge.numerics.solution import Basis, Factored, Solution, join
 
 __all__ = ["Adapter", "solve"]
 
-_AnyProblem = OneSided | TwoSided | ThinOneSided | ThinTwoSided
-Scale = Literal["common", "task-norm", "gram-norm", "fitted"]
-Prior = Literal["relative", "absolute"]
-
-# "fitted" never takes experts to agree better than this fraction of ‖R_i(0)‖²: the scale must stay above zero.
-_LEAST_FITTED = 1e-6
 # Adapters are worked on through their rank where their joint span is at least this many times as wide.
 THIN = 3
 # From this rtol on the small problem of float32 adapters runs in float32, else in float64.
@@ -85,7 +75,7 @@ def solve(
     Returns a `Solution`. Raises `NumericsError` for deltas that are not finite or do not fit together (it names the
     expert) and `BadInputError` for settings that make no sense.
     """
-    settings = _Settings(
+    settings = Settings(
         expert,
         tail_index,
         scale,
@@ -104,80 +94,14 @@ def solve(
     with torch.no_grad(), full_precision():
         if not isinstance(deltas, Tensor):
             if row_blocks is not None:
-                raise _bad("row_blocks", repr(row_blocks), "None for factored deltas", "densify the adapters first")
+                raise bad_setting(
+                    "row_blocks", repr(row_blocks), "None for factored deltas", "densify the adapters first"
+                )
             return _solve_factored(deltas if isinstance(deltas, Adapters) else Adapters(deltas), settings)
         _check_dense(deltas)
         if row_blocks is not None and deltas.shape[-2] > deltas.shape[-1]:
             return _solve_blocks(deltas, settings)
         return _solve_dense(deltas, settings)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    expert: Family
-    tail_index: float | None
-    scale: Scale | Tensor
-    scale_factor: float
-    prior: Prior
-    prior_precision: float
-    side: Side
-    pooling: float
-    init: Literal["gaussian", "mean"] | Tensor
-    max_steps: int
-    rtol: float
-    accelerate: bool
-    sensitivity: Tensor | None = None
-
-    def check(self) -> None:
-        """Refuse settings that make no sense, all of them at once."""
-        problems: list[Problem] = []
-
-        def need(condition: bool, where: str, got: object, expected: str, next_step: str) -> None:
-            if not condition:
-                problems.append(Problem(where, str(got), expected, next_step))
-
-        def one_of(where: str, value: object, names: Any) -> None:
-            need(
-                value in get_args(names),
-                where,
-                repr(value),
-                f"one of {', '.join(get_args(names))}",
-                "choose one of them",
-            )
-
-        one_of("expert", self.expert, Family)
-        one_of("prior", self.prior, Prior)
-        one_of("side", self.side, Side)
-        if isinstance(self.scale, str):
-            one_of("scale", self.scale, Scale)
-        if isinstance(self.init, str):
-            one_of("init", self.init, Literal["gaussian", "mean"])
-        if self.expert == "student_t":
-            valid = self.tail_index is not None and self.tail_index > 0
-            need(valid, "tail_index", self.tail_index, "degrees of freedom above 0", "give tail_index, 1 is Cauchy")
-        else:
-            need(
-                self.tail_index is None,
-                "tail_index",
-                self.tail_index,
-                f"None with expert={self.expert!r}",
-                'leave it out, or use expert="student_t"',
-            )
-        positive = 0 < self.scale_factor < math.inf
-        need(positive, "scale_factor", self.scale_factor, "a finite number above 0", "give one, 0.1 say")
-        bounded = 0 <= self.prior_precision < math.inf
-        need(bounded, "prior_precision", self.prior_precision, "a finite number, 0 or more", "give one, 1e-3 say")
-        need(0 <= self.pooling <= 1, "pooling", self.pooling, "a number from 0 to 1", "give one, 0.5 say")
-        if self.sensitivity is not None:
-            need(self.side == "both", "sensitivity", f"side {self.side!r}", 'side "both"', "leave it out")
-        need(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more", "raise it")
-        need(0 < self.rtol < 1, "rtol", self.rtol, "a number between 0 and 1", "give one, 1e-6 say")
-        if problems:
-            raise BadInputError(problems)
-
-
-def _bad(where: str, got: str, expected: str, next_step: str) -> BadInputError:
-    return BadInputError(Problem(where, got, expected, next_step))
 
 
 def _check_dense(deltas: Tensor) -> None:
@@ -202,13 +126,15 @@ def _expert_scales(scale: Scale | Tensor, batch: tuple[int, ...], experts: int, 
         scales = scale.to(device, torch.float64).expand(*batch, experts).reshape(-1, experts)
     except RuntimeError:
         expected = f"{[*batch, experts]}, a scale for each expert"
-        raise _bad("scale", f"shape {list(scale.shape)}", expected, "give γ_i for every expert") from None
+        raise bad_setting("scale", f"shape {list(scale.shape)}", expected, "give γ_i for every expert") from None
     if not bool(((scales > 0) & scales.isfinite()).all()):
-        raise _bad("scale", "a value that is zero, negative or not finite", "γ_i > 0", "give γ_i in the units of r")
+        raise bad_setting(
+            "scale", "a value that is zero, negative or not finite", "γ_i > 0", "give γ_i in the units of r"
+        )
     return scales
 
 
-def _solve_dense(deltas: Tensor, settings: _Settings) -> Solution:
+def _solve_dense(deltas: Tensor, settings: Settings) -> Solution:
     batch = tuple(deltas.shape[:-3])
     experts, rows, columns = deltas.shape[-3:]
     scales = _expert_scales(settings.scale, batch, experts, deltas.device)
@@ -217,7 +143,7 @@ def _solve_dense(deltas: Tensor, settings: _Settings) -> Solution:
     if isinstance(settings.init, Tensor):
         if settings.init.shape != (*batch, rows, columns):
             got, expected = f"shape {list(settings.init.shape)}", f"{[*batch, rows, columns]}, the shape of theta"
-            raise _bad("init", got, expected, 'give a matrix of that shape, or init="gaussian"')
+            raise bad_setting("init", got, expected, 'give a matrix of that shape, or init="gaussian"')
         start = settings.init.to(deltas).reshape(-1, rows, columns)
     members: list[Solution] = []
     stacked = deltas.reshape(-1, experts, rows, columns)
@@ -226,7 +152,7 @@ def _solve_dense(deltas: Tensor, settings: _Settings) -> Solution:
     stride = 1 if deltas.device.type == "cpu" else max(1, len(stacked))
     for first in range(0, len(stacked), stride):
         chunk = slice(first, first + stride)
-        members += _solve_core(
+        members += solve_core(
             stacked[chunk].to(dtype),
             (rows, columns),
             None if scales is None else scales[chunk],
@@ -236,7 +162,7 @@ def _solve_dense(deltas: Tensor, settings: _Settings) -> Solution:
     return join(members, batch, single=not batch)
 
 
-def _checked_sensitivity(settings: _Settings, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+def _checked_sensitivity(settings: Settings, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
     """F_i as `[flat, expert, out, s]`; `shape` is [*batch, expert, out]."""
     given = settings.sensitivity
     if given is None:
@@ -248,16 +174,16 @@ def _checked_sensitivity(settings: _Settings, shape: tuple[int, ...], device: to
             else "entries that are not finite"
         )
         expected = f"finite floating point {[*shape, 's']}, a factor for each expert"
-        raise _bad("sensitivity", got, expected, "give F_i for every expert, zeros where nothing is known")
+        raise bad_setting("sensitivity", got, expected, "give F_i for every expert, zeros where nothing is known")
     return given.to(device).reshape(-1, *shape[-2:], given.shape[-1])
 
 
-def _solve_blocks(deltas: Tensor, settings: _Settings) -> Solution:
+def _solve_blocks(deltas: Tensor, settings: Settings) -> Solution:
     """Square blocks of rows, each a problem of its own; a last block of fewer rows is solved as it is."""
     columns = deltas.shape[-1]
     if any(isinstance(one, Tensor) for one in (settings.init, settings.scale, settings.sensitivity)):
         expected = "named scale and init, and no sensitivity"
-        raise _bad("row_blocks", "'square'", expected, "pass the blocks to solve one by one")
+        raise bad_setting("row_blocks", "'square'", expected, "pass the blocks to solve one by one")
     blocks = [_solve_dense(block.contiguous(), settings) for block in torch.split(deltas, columns, dim=-2)]
     batch = tuple(deltas.shape[:-3])
     whole = []
@@ -277,10 +203,10 @@ def _solve_blocks(deltas: Tensor, settings: _Settings) -> Solution:
     return join(whole, batch, single=not batch)
 
 
-def _solve_factored(adapters: Adapters, settings: _Settings) -> Solution:
+def _solve_factored(adapters: Adapters, settings: Settings) -> Solution:
     """Solve within span{B_i} × span{A_iᵀ}: there Θ = Q X Vᵀ exactly, the prior included."""
     if isinstance(settings.init, Tensor):
-        raise _bad("init", "a tensor", '"gaussian" or "mean" for factored deltas', "densify the adapters first")
+        raise bad_setting("init", "a tensor", '"gaussian" or "mean" for factored deltas', "densify the adapters first")
     if settings.sensitivity is not None:
         return _solve_minded(adapters, settings)
     left, cores, right = adapters.within()
@@ -295,12 +221,12 @@ def _solve_factored(adapters: Adapters, settings: _Settings) -> Solution:
     for first in range(0, len(given), stride):
         chunk = slice(first, first + stride)
         own_scales = None if scales is None else scales[chunk]
-        members += _solve_core(given[chunk], adapters.size, own_scales, None, settings)
+        members += solve_core(given[chunk], adapters.size, own_scales, None, settings)
     lifted = [_lift(member, left[i], right[i]) for i, member in enumerate(members)]
     return join(lifted, adapters.batch, single=not adapters.batch)
 
 
-def _solve_minded(adapters: Adapters, settings: _Settings) -> Solution:
+def _solve_minded(adapters: Adapters, settings: Settings) -> Solution:
     """With sensitivities Θ leaves the span of the B_i but not that of the A_iᵀ: solved whole on one side, Θ = X Vᵀ."""
     right, inside = adapters.right.basis()
     experts, device = adapters.count, inside.device
@@ -318,7 +244,7 @@ def _solve_minded(adapters: Adapters, settings: _Settings) -> Solution:
         chunk = slice(first, first + stride)
         own_scales = None if scales is None else scales[chunk]
         own = replace(settings, sensitivity=sensitivity[chunk].to(dtype))
-        members += _solve_core(cores[chunk], adapters.size, own_scales, None, own)
+        members += solve_core(cores[chunk], adapters.size, own_scales, None, own)
     lifted = []
     for i, member in enumerate(members):
         columns, core = torch.linalg.qr(member.dense())
@@ -345,208 +271,3 @@ def _lift(member: Solution, left: Basis, right: Basis) -> Solution:
         return replace(member.posterior, mean=theta)
 
     return replace(member, theta=theta, make_posterior=posterior)
-
-
-def _solve_core(
-    deltas: Float[Tensor, "batch expert k l"] | LowRank,
-    size: tuple[int, int],
-    scales: Float[Tensor, "batch expert"] | None,
-    start: Float[Tensor, "batch k l"] | None,
-    settings: _Settings,
-) -> list[Solution]:
-    """Solve a batch; members that fail in float32 are solved again in float64, and fall back to the mean after that."""
-    solutions = _solve_once(deltas, size, scales, start, settings)
-    failed = [i for i, solution in enumerate(solutions) if not solution.outcome.ok]
-    if failed and deltas.dtype != torch.float64:
-        again = _solve_once(
-            deltas[failed].double(),
-            size,
-            None if scales is None else scales[failed],
-            None if start is None else start[failed].double(),
-            settings
-            if settings.sensitivity is None
-            else replace(settings, sensitivity=settings.sensitivity[failed].double()),
-        )
-        for i, solution in zip(failed, again, strict=True):
-            solutions[i] = replace(solution, theta=solution.dense().to(deltas.dtype))
-    return solutions
-
-
-def _unit(given: Float[Tensor, "batch expert k l"] | LowRank) -> Float[Tensor, " batch"]:
-    """A power of two near the deltas' common size, float64: divided out it changes no digit, and nothing overflows."""
-    if isinstance(given, LowRank):
-        largest = given.sizes.amax(-1)
-        least = torch.finfo(torch.float64).tiny
-    else:
-        low, high = torch.aminmax(given.flatten(1), dim=1)
-        largest, least = torch.maximum(-low, high), torch.finfo(given.dtype).tiny
-    return torch.exp2(torch.log2(torch.where(largest > 0, largest.clamp_min(least), 1.0).double()).round())
-
-
-def _problem(
-    given: Float[Tensor, "batch expert k l"] | LowRank,
-    unit: Float[Tensor, " batch"],
-    size: tuple[int, int],
-    settings: _Settings,
-) -> tuple[_AnyProblem, Float[Tensor, "batch expert"]]:
-    """The problem of the deltas divided by `unit`, and their ‖A_i‖²."""
-    rows, columns = size if settings.side != "input" else size[::-1]
-    if isinstance(given, LowRank):
-        factors = given.over(unit)
-        factors = factors.mT if settings.side == "input" else factors
-        if settings.side == "both":
-            thin: ThinOneSided | ThinTwoSided = ThinTwoSided(factors, rows * columns, settings.pooling)
-        else:
-            thin = ThinOneSided(factors, rows)
-        return thin, thin.norm_sq
-    deltas = given * (1 / unit).to(given.dtype)[:, None, None, None]
-    if settings.side == "input":
-        deltas = deltas.mT.contiguous()
-    if settings.side == "both":
-        return TwoSided(deltas, rows * columns, settings.pooling, settings.sensitivity), norm_sq(deltas)
-    return OneSided(deltas, rows), norm_sq(deltas)
-
-
-def _solve_once(
-    given: Float[Tensor, "batch expert k l"] | LowRank,
-    size: tuple[int, int],
-    scales: Float[Tensor, "batch expert"] | None,
-    start: Float[Tensor, "batch k l"] | None,
-    settings: _Settings,
-) -> list[Solution]:
-    expert = Expert.of(settings.expert, settings.tail_index)
-    unit = _unit(given)
-    problem, task_norm_sq = _problem(given, unit, size, settings)
-    degree = problem.residual_degree
-    # Also absent is an expert so much smaller than the others that its Gram matrix underflows.
-    present = (problem.trace > 0) & (problem.start_residual_sq > 0)
-
-    def prior_at(weights: Tensor) -> Tensor:
-        if settings.prior == "absolute":
-            return settings.prior_precision * unit.square()
-        return settings.prior_precision * problem.mean_diagonal(weights)
-
-    # Gaussian experts have their weights, and so the mode, at once; only a fitted scale needs a residual first.
-    at_once = expert.quadratic and (isinstance(settings.scale, Tensor) or settings.scale != "fitted")
-    scale_sq = _scale_sq(settings, problem, task_norm_sq, unit, None, present, scales) if at_once else None
-    ok = torch.ones(len(given), dtype=torch.bool, device=unit.device)
-    if start is not None:
-        oriented = start.mT if settings.side == "input" else start
-        theta = problem.enter(oriented / unit.to(start.dtype)[:, None, None])
-    elif settings.init == "mean":
-        theta = problem.reference
-    else:
-        if scale_sq is None:
-            first = present * unit.unsqueeze(-1) ** (2 * degree)
-        else:
-            first = torch.where(present, expert.weight(torch.zeros_like(scale_sq), scale_sq), 0.0)
-        theta, ok = problem.minimise(first, prior_at(first), None, settings.rtol)
-    residual_sq = problem.recentre(theta, problem.residual_sq(theta))
-    if scale_sq is None:
-        scale_sq = _scale_sq(settings, problem, task_norm_sq, unit, residual_sq, present, scales)
-    prior = prior_at(torch.where(present, expert.weight(residual_sq, scale_sq), 0.0))
-    energy = Energy(expert, scale_sq, prior, present)
-    at_mode = at_once and start is None and settings.init == "gaussian"
-    mode = find_mode(
-        problem,
-        energy,
-        theta=theta,
-        residual_sq=residual_sq,
-        max_steps=0 if at_mode else (1 if expert.quadratic else settings.max_steps),
-        rtol=settings.rtol,
-        accelerate=settings.accelerate,
-    )
-    theta = problem.leave(mode.theta)
-    if settings.side == "input":
-        theta = theta.mT
-    theta = theta * unit.to(given.dtype)[:, None, None]
-    weights = energy.weights(mode.residual_sq) / unit.unsqueeze(-1) ** (2 * degree)
-    prior = prior / unit.square()
-    ok = ok & mode.ok & norm_sq(theta).isfinite()
-    return [
-        _member(
-            i,
-            _outcome(i, bool(ok[i]), bool(present[i].any()), mode, expert, settings),
-            given,
-            theta,
-            weights,
-            prior,
-            mode,
-            settings,
-        )
-        for i in range(len(given))
-    ]
-
-
-def _scale_sq(
-    settings: _Settings,
-    problem: _AnyProblem,
-    task_norm_sq: Float[Tensor, "batch expert"],
-    unit: Float[Tensor, " batch"],
-    residual_sq: Float[Tensor, "batch expert"] | None,
-    present: Bool[Tensor, "batch expert"],
-    scales: Float[Tensor, "batch expert"] | None,
-) -> Float[Tensor, "batch expert"]:
-    """γ_i², in the units of the deltas divided by `unit`; 1 where the expert is absent. Fitted needs the residuals."""
-    degree = problem.residual_degree
-    if scales is not None:
-        scale_sq = (scales / unit.unsqueeze(-1) ** degree).square()
-    elif settings.scale == "task-norm":
-        scale_sq = settings.scale_factor * task_norm_sq * unit.unsqueeze(-1) ** (2 - 2 * degree)
-    elif settings.scale == "common":
-        total = torch.where(present, problem.start_residual_sq, 0.0).sum(-1, keepdim=True)
-        scale_sq = settings.scale_factor * total / present.sum(-1, keepdim=True).clamp_min(1)
-    else:
-        scale_sq = settings.scale_factor * problem.start_residual_sq
-        if settings.scale == "fitted":
-            assert residual_sq is not None
-            ratio = torch.where(present, residual_sq / problem.start_residual_sq, torch.nan)
-            median = ratio.nanquantile(0.5, dim=-1, keepdim=True).nan_to_num(1.0).clamp_min(_LEAST_FITTED)
-            scale_sq = scale_sq * median
-    return torch.where(present, scale_sq, 1.0)
-
-
-def _outcome(index: int, ok: bool, present: bool, mode: Mode, expert: Expert, settings: _Settings) -> Outcome:
-    if not present:
-        return ended.EMPTY
-    if not ok:
-        return ended.FAILED
-    if expert.quadratic:
-        return ended.CLOSED_FORM
-    if bool(mode.gap[index] <= settled_gap(mode.theta.dtype, settings.rtol)):
-        return ended.CONVERGED
-    return ended.ROUNDING if bool(mode.exhausted[index]) else ended.STEP_LIMIT
-
-
-def _member(
-    index: int,
-    outcome: Outcome,
-    given: Tensor | LowRank,
-    theta: Tensor,
-    weights: Tensor,
-    prior: Tensor,
-    mode: Mode,
-    settings: _Settings,
-) -> Solution:
-    steps = int(mode.steps[index])
-    own, own_weights = theta[index], weights[index]
-    energy = torch.stack(mode.trace[: steps + 1])[:, index]
-    if outcome is ended.EMPTY:
-        own, own_weights, energy = torch.zeros_like(own), torch.zeros_like(own_weights), torch.zeros_like(energy[:1])
-    elif outcome is ended.CLOSED_FORM:
-        steps = 1
-    elif not outcome.ok:
-        own, own_weights, energy = _matrices(given, index).mean(0), torch.zeros_like(own_weights), energy[:1]
-
-    def posterior() -> Posterior:
-        minded = None if settings.sensitivity is None else settings.sensitivity[index].double()
-        matrices = _matrices(given, index).double()
-        return Posterior(own, settings.side, matrices, own_weights, prior[index], settings.pooling, minded)
-
-    return Solution(own, outcome, steps, energy, own_weights, prior[index], make_posterior=posterior)
-
-
-def _matrices(given: Tensor | LowRank, index: int) -> Float[Tensor, "expert k l"]:
-    """One member's task vectors as matrices."""
-    member: Tensor = given[[index]].dense()[0] if isinstance(given, LowRank) else given[index]
-    return member
