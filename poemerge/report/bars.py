@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poemerge.report.style import GREY, OTHERS, OURS, figure, method_name, svg_of
+from poemerge.report.style import GREY, OTHERS, OURS, figure, method_name, svg_of, write_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,11 +16,7 @@ __all__ = ["bars_svg", "draw_bars"]
 
 def draw_bars(evaluation: Mapping[str, Any], path: Path) -> None:
     """The figure as a PNG at `path`."""
-    drawn = _draw(evaluation)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    drawn.savefig(partial, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    partial.replace(path)
+    write_png(_draw(evaluation), path, dpi=150)
 
 
 def bars_svg(evaluation: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from poemerge.checkpoints.roles import block
 from poemerge.numerics.families import FAMILIES
-from poemerge.report.style import GREY, OTHERS, OURS, figure
+from poemerge.report.style import GREY, OTHERS, OURS, figure, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,11 +47,7 @@ def draw_residuals(tail: Mapping[str, Any], path: Path) -> None:
     The last two panels show Hill's estimate from the k largest entries of the whole model, with its interval, and ν of
     the single matrices along the depth.
     """
-    drawn = _draw(tail)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    drawn.savefig(partial, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    partial.replace(path)
+    write_png(_draw(tail), path, dpi=200)
 
 
 def _draw(tail: Mapping[str, Any]) -> Figure:

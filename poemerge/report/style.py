@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.figure import Figure
 
-__all__ = ["GREY", "OTHERS", "OURS", "family_name", "figure", "method_name", "svg_of"]
+__all__ = ["GREY", "OTHERS", "OURS", "family_name", "figure", "method_name", "svg_of", "write_png"]
 
 OURS = "#0072b2"
 """Ours is always this blue; Okabe and Ito's palette, https://jfly.uni-koeln.de/color/."""
@@ -80,6 +82,14 @@ def figure(width: float, height: float, **kwargs: Any) -> Iterator[tuple[Figure,
         drawn = NewFigure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(drawn)
         yield drawn, drawn.subplots(**kwargs)
+
+
+def write_png(drawn: Figure, path: Path, dpi: int) -> None:
+    """The figure as the PNG `path`, its folder made where it is missing; the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    drawn.savefig(partial, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    partial.replace(path)
 
 
 def svg_of(drawn: Figure, identity: str, title: str, description: str) -> str:
