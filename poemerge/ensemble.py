@@ -123,7 +123,7 @@ def _noise(
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     draws = solution.posterior.sample(count, generator=generator)
     assert isinstance(draws, Tensor)  # the deltas were dense
-    settings = with_length(settings, deltas, experts.base.read(name))
+    settings = with_length(settings, deltas, experts.base.read(name), known)
     noise = settings.multiple * (draws - solution.dense()).float()
     return (noise.mT if transposed else noise).contiguous()
 

@@ -145,7 +145,7 @@ class MergeParams(Section):
     method: Method = "poe"
     preset: Preset | None = None
     side: Side = "both"
-    pooling: float = Field(default=0.5, ge=0, le=1)
+    pooling: float | None = Field(default=None, ge=0, le=1)
     scale: Scale = "common"
     scale_factor: float = Field(default=0.1, gt=0)
     prior: Literal["relative", "absolute"] = "relative"

@@ -17,6 +17,7 @@ from poemerge.errors import BadInputError, CheckpointError
 from poemerge.merging import merge
 from poemerge.merging import sensitivity as module
 from poemerge.merging.sensitivity import gather, measure, why_not
+from poemerge.numerics.breadth import breadth
 from poemerge.params import MergeParams
 from tests.tiny import make_base, make_full_expert, make_lora_expert
 
@@ -29,15 +30,18 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("pooling", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("pooling", [0.0, 0.5, 1.0, None])
 @pytest.mark.parametrize(("rows", "columns"), [(12, 14), (30, 9), (9, 30)])
-def test_theta_is_stationary_under_the_mean_of_both_output_grams(rows: int, columns: int, pooling: float) -> None:
+def test_theta_is_stationary_under_the_mean_of_both_output_grams(
+    rows: int, columns: int, pooling: float | None
+) -> None:
     deltas, factor = _random(4, rows, columns), _random(4, rows, 5, seed=1)
     solution = poemerge.solve(deltas, sensitivity=factor, pooling=pooling, **BOTH)
     unit = deltas / torch.linalg.vector_norm(deltas, dim=(1, 2), keepdim=True)
     minded = factor / torch.linalg.vector_norm(factor, dim=(1, 2), keepdim=True)
     left, right = (unit @ unit.mT + minded @ minded.mT) / 2, unit.mT @ unit
-    right = (1 - pooling) * right + pooling * right.mean(0)
+    share = (1 - breadth(deltas) if pooling is None else torch.full((4,), pooling).double())[:, None, None]
+    right = (1 - share) * right + share * right.mean(0)
     weights, theta = solution.weights[:, None, None], solution.dense()
     pull = (weights * (left @ (theta - deltas) @ right)).sum(0) + solution.prior_precision * theta
     assert pull.norm() < 1e-5 * (weights * (left @ deltas @ right)).sum(0).norm()
@@ -256,3 +260,26 @@ def test_an_expert_of_no_numbers_is_named_by_the_merge_itself(models: dict[str, 
         merge(models["base"], {"broken": tmp_path / "broken", "lora": models["lora"]}, tmp_path / "m", MergeParams())
     assert QUERY in str(caught.value)
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(12, 7), (7, 12), (9, 9)])
+def test_the_input_gram_counts_by_how_much_the_task_vector_tells(rows: int, columns: int) -> None:
+    deltas, factor = _random(3, rows, columns), _random(3, rows, 4, seed=1)
+    deltas[0] = deltas[0][:, :1] @ deltas[0][:1]  # an expert of rank 1, and one of unknown sensitivity
+    factor[2] = 0
+    values = torch.linalg.svdvals(deltas)
+    share = values.sum(-1).square() / values.square().sum(-1) / min(rows, columns)
+    assert float(share[0]) == pytest.approx(1 / min(rows, columns))
+    torch.testing.assert_close(breadth(deltas), share)
+    expected = torch.stack([1 - share[0], 1 - share[1], torch.tensor(0.5, dtype=share.dtype)])
+    solution = poemerge.solve(deltas, sensitivity=factor, **BOTH)
+    assert isinstance(solution.posterior.pooling, torch.Tensor)
+    torch.testing.assert_close(solution.posterior.pooling, expected)
+
+
+def test_breadth_of_an_adapter_is_not_the_rounding_of_its_densified_form() -> None:
+    b, a = _random(2, 96, 4).float(), _random(2, 4, 64, seed=1).float()
+    precise = breadth(b.double() @ a.double())
+    assert bool((precise <= 4 / 64).all())
+    torch.testing.assert_close(breadth(b @ a), precise, rtol=1e-4, atol=0)
+    assert breadth(torch.zeros(2, 5, 3)).tolist() == [0.0, 0.0]

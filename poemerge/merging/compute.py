@@ -16,7 +16,7 @@ import poemerge
 from poemerge.checkpoints import ExpertSet, Loaded
 from poemerge.errors import NumericsError
 from poemerge.merging.settings import ELEMENTWISE, SOLVED, ParameterSettings
-from poemerge.numerics.adapters import Adapter, Adapters
+from poemerge.numerics.adapters import Adapters
 from poemerge.numerics.length import length
 from poemerge.numerics.solution import Factored
 
@@ -250,7 +250,7 @@ def _dense(
     if settings.method == "poe":
         solution = solve_as_merged(deltas.mT if transposed else deltas, settings, sensitivity)
         theta = solution.dense()
-        settings = with_length(settings, deltas, base)
+        settings = with_length(settings, deltas, base, sensitivity)
         entry = _entry(solution, experts, settings)
     else:
         theta, entry = _baseline(deltas, settings, transposed, total_experts), {"outcome": settings.method}
@@ -274,9 +274,10 @@ def _batched(
         _check_finite(name, experts, own, one_base)
     solutions = solve_as_merged(deltas.mT if transposed else deltas, settings, sensitivity).unbind()
     merged = []
-    for name, own, one_base, one, solution in zip(names, norms, base, deltas, solutions, strict=True):
+    known = [None] * len(names) if sensitivity is None else list(sensitivity)
+    for name, own, one_base, one, solution, minded in zip(names, norms, base, deltas, solutions, known, strict=True):
         if bool(own.any()):
-            settled = with_length(settings, one, one_base)
+            settled = with_length(settings, one, one_base, minded)
             theta = solution.dense().mT if transposed else solution.dense()
             merged.append(_added(name, one_base, theta, settled, dtype, _entry(solution, experts, settled)))
         else:
@@ -307,7 +308,7 @@ def _factored(
     solution = solve_as_merged(adapters, settings, sensitivity)
     theta = solution.theta
     assert isinstance(theta, Factored)
-    settings = with_length(settings, adapters, base)
+    settings = with_length(settings, adapters, base, sensitivity)
     left, right = (one.to(torch.float32) for one in theta.pair())
     left, right = (right, left) if transposed else (left, right)
     return Merged(_add_product(name, base, left, right, settings.multiple, dtype), _entry(solution, experts, settings))
@@ -332,14 +333,19 @@ def _add_product(name: str, base: Tensor, left: Tensor, right: Tensor, multiple:
 
 
 def with_length(
-    settings: ParameterSettings, deltas: Tensor | Sequence[Adapter] | Adapters, base: Tensor
+    settings: ParameterSettings, deltas: Tensor | Adapters, base: Tensor, sensitivity: Tensor | None
 ) -> ParameterSettings:
     """The settings with a coefficient: where none is given, by the task vectors' length beside the base's weight.
 
-    `deltas` `[expert, out, in]`, or an adapter an expert, and `base` are of one matrix, both as they are stored.
+    It is 1 where the `sensitivity` `[expert, out, s]` of every expert that moved the matrix is known: then each one
+    holds what it did not move. `deltas` `[expert, out, in]` or adapters, and `base`, are of one matrix as it is stored.
     """
     if settings.coefficient is not None:
         return settings
+    if sensitivity is not None:
+        sizes = deltas.flatten(1).norm(dim=1) if isinstance(deltas, Tensor) else deltas.norm_sq()[0]
+        if bool((sensitivity.flatten(1).any(1) | (sizes == 0)).all()):
+            return replace(settings, coefficient=1.0)
     return replace(settings, coefficient=length(deltas, base))
 
 

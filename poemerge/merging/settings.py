@@ -80,7 +80,7 @@ class ParameterSettings:
     family: Family
     tail_index: float | None
     side: Side
-    pooling: float
+    pooling: float | None
     scale: Scale
     scale_factor: float
     prior: Literal["relative", "absolute"]

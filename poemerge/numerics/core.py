@@ -41,9 +41,7 @@ def solve_core(
             size,
             None if scales is None else scales[failed],
             None if start is None else start[failed].double(),
-            settings
-            if settings.sensitivity is None
-            else replace(settings, sensitivity=settings.sensitivity[failed].double()),
+            settings.of(failed, torch.float64),
         )
         for i, solution in zip(failed, again, strict=True):
             solutions[i] = replace(solution, theta=solution.dense().to(deltas.dtype))
@@ -73,6 +71,7 @@ def _problem(
         factors = given.over(unit)
         factors = factors.mT if settings.side == "input" else factors
         if settings.side == "both":
+            assert isinstance(settings.pooling, float | int)
             thin: ThinOneSided | ThinTwoSided = ThinTwoSided(factors, rows * columns, settings.pooling)
         else:
             thin = ThinOneSided(factors, rows)
@@ -81,6 +80,7 @@ def _problem(
     if settings.side == "input":
         deltas = deltas.mT.contiguous()
     if settings.side == "both":
+        assert settings.pooling is not None
         return TwoSided(deltas, rows * columns, settings.pooling, settings.sensitivity), norm_sq(deltas)
     return OneSided(deltas, rows), norm_sq(deltas)
 
@@ -219,7 +219,8 @@ def _member(
     def posterior() -> Posterior:
         minded = None if settings.sensitivity is None else settings.sensitivity[index].double()
         matrices = _matrices(given, index).double()
-        return Posterior(own, settings.side, matrices, own_weights, prior[index], settings.pooling, minded)
+        pooling = settings.pooling[index].double() if isinstance(settings.pooling, Tensor) else settings.pooling or 0.0
+        return Posterior(own, settings.side, matrices, own_weights, prior[index], pooling, minded)
 
     return Solution(own, outcome, steps, energy, own_weights, prior[index], make_posterior=posterior)
 

@@ -36,7 +36,7 @@ class Posterior:
     deltas: Float[Tensor, "expert k l"]
     weights: Float[Tensor, " expert"]
     prior_precision: Float[Tensor, ""]
-    pooling: float = 0.0
+    pooling: float | Float[Tensor, " expert"] = 0.0
     sensitivity: Float[Tensor, "expert k s"] | None = None
 
     @property
@@ -93,7 +93,8 @@ class Posterior:
         unit = output_factor(self.deltas / norm, self.sensitivity)
         strength = (2 * self.weights).sqrt()[:, None, None]
         sensitivity = None if self.sensitivity is None else self.sensitivity.unsqueeze(0)
-        problem = TwoSided(self.deltas.unsqueeze(0), rows * columns, self.pooling, sensitivity)
+        pooling = self.pooling.unsqueeze(0) if isinstance(self.pooling, Tensor) else self.pooling
+        problem = TwoSided(self.deltas.unsqueeze(0), rows * columns, pooling, sensitivity)
         # R_i = F_i F_iᵀ, with R_i in the coordinates that the problem is solved in.
         values, vectors = torch.linalg.eigh(problem.input_grams().squeeze(0))
         factor = problem.right_basis @ (vectors * values.clamp_min(0).sqrt().unsqueeze(-2))

@@ -1,9 +1,10 @@
 """The settings of `solve`, and what makes them wrong."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from poemerge.errors import BadInputError, Problem
@@ -27,12 +28,18 @@ class Settings:
     prior: Prior
     prior_precision: float
     side: Side
-    pooling: float
+    pooling: float | Tensor | None
     init: Literal["gaussian", "mean"] | Tensor
     max_steps: int
     rtol: float
     accelerate: bool
     sensitivity: Tensor | None = None
+
+    def of(self, members: slice | list[int], dtype: torch.dtype) -> "Settings":
+        """The settings of some members of a batch: what is a tensor of them all, indexed, in `dtype`."""
+        sensitivity = None if self.sensitivity is None else self.sensitivity[members].to(dtype)
+        pooling = self.pooling[members].to(dtype) if isinstance(self.pooling, Tensor) else self.pooling
+        return replace(self, sensitivity=sensitivity, pooling=pooling)
 
     def check(self) -> None:
         """Refuse settings that make no sense, all of them at once."""
@@ -73,7 +80,8 @@ class Settings:
         need(positive, "scale_factor", self.scale_factor, "a finite number above 0", "give one, 0.1 say")
         bounded = 0 <= self.prior_precision < math.inf
         need(bounded, "prior_precision", self.prior_precision, "a finite number, 0 or more", "give one, 1e-3 say")
-        need(0 <= self.pooling <= 1, "pooling", self.pooling, "a number from 0 to 1", "give one, 0.5 say")
+        if isinstance(self.pooling, float | int):
+            need(0 <= self.pooling <= 1, "pooling", self.pooling, "a number from 0 to 1", "leave it out, or give one")
         if self.sensitivity is not None:
             need(self.side == "both", "sensitivity", f"side {self.side!r}", 'side "both"', "leave it out")
         need(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more", "raise it")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from poemerge.errors import NumericsError
 from poemerge.numerics.adapters import Adapter, Adapters, LowRank, not_finite
+from poemerge.numerics.breadth import breadth
 from poemerge.numerics.core import solve_core
 from poemerge.numerics.experts import Family
 from poemerge.numerics.posterior import Posterior, Side
@@ -19,6 +20,8 @@ from poemerge.numerics.solution import Basis, Factored, Solution, join
 
 __all__ = ["Adapter", "solve"]
 
+# What was chosen on validation splits for experts of unknown sensitivity, see docs/method.md.
+DEFAULT_POOLING = 0.5
 # Adapters are worked on through their rank where their joint span is at least this many times as wide.
 THIN = 3
 # From this rtol on the small problem of float32 adapters runs in float32, else in float64.
@@ -35,7 +38,7 @@ def solve(
     prior: Prior = "relative",
     prior_precision: float = 1e-2,
     side: Side = "both",
-    pooling: float = 0.5,
+    pooling: float | None = None,
     init: Literal["gaussian", "mean"] | Float[Tensor, "*batch out in"] = "gaussian",
     max_steps: int = 50,
     rtol: float = 1e-6,
@@ -61,6 +64,8 @@ def solve(
       Σ w_i G_i (of its Kronecker form for both sides) at the weights the start gives, fixed from there on.
     - `pooling`: y in [0, 1], for both sides alone: the input Gram Â_iᵀÂ_i is shrunk to the mean over the experts,
       S_i² = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j; 0 leaves each its own, and the residual is then Âᵀ_i(Θ − A_i)Âᵀ_i.
+      None is 0.5, and 1 − ρ_i for an expert whose sensitivity is given, ρ_i = ‖A_i‖_*²/(min(out, in)·‖A_i‖²_F) the share of
+      all directions that its task vector tells about.
     - `sensitivity`: F_i, for both sides alone: what else expert i minds than the directions it moved, with F_iF_iᵀ the
       covariance of its gradients at the layer's outputs. The output Gram becomes the mean of Â_iÂ_iᵀ and
       F_iF_iᵀ/‖F_i‖²; a matrix of zeros says nothing.
@@ -147,7 +152,7 @@ def _solve_dense(deltas: Tensor, settings: Settings) -> Solution:
         start = settings.init.to(deltas).reshape(-1, rows, columns)
     members: list[Solution] = []
     stacked = deltas.reshape(-1, experts, rows, columns)
-    sensitivity = _checked_sensitivity(settings, (*batch, experts, rows), deltas.device)
+    whole = _settled(settings, stacked, (*batch, experts, rows), min(rows, columns))
     # On a CPU one at a time: a batch gains nothing there, and every member is then bit for bit what it is alone.
     stride = 1 if deltas.device.type == "cpu" else max(1, len(stacked))
     for first in range(0, len(stacked), stride):
@@ -157,16 +162,19 @@ def _solve_dense(deltas: Tensor, settings: Settings) -> Solution:
             (rows, columns),
             None if scales is None else scales[chunk],
             None if start is None else start[chunk].to(dtype),
-            settings if sensitivity is None else replace(settings, sensitivity=sensitivity[chunk].to(dtype)),
+            whole.of(chunk, dtype),
         )
     return join(members, batch, single=not batch)
 
 
-def _checked_sensitivity(settings: Settings, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """F_i as `[flat, expert, out, s]`; `shape` is [*batch, expert, out]."""
+def _settled(settings: Settings, deltas: Tensor, shape: tuple[int, ...], directions: int) -> Settings:
+    """The settings with F_i checked, as `[flat, expert, out, s]`, and y settled where none is given.
+
+    `deltas` are `[flat, expert, out, in]`, `shape` is [*batch, expert, out] and `directions` the matrix's smaller side.
+    """
     given = settings.sensitivity
     if given is None:
-        return None
+        return replace(settings, pooling=DEFAULT_POOLING if settings.pooling is None else settings.pooling)
     if given.shape[:-1] != shape or not given.is_floating_point() or not bool(given.isfinite().all()):
         got = (
             f"{given.dtype} of shape {list(given.shape)}"
@@ -175,7 +183,12 @@ def _checked_sensitivity(settings: Settings, shape: tuple[int, ...], device: tor
         )
         expected = f"finite floating point {[*shape, 's']}, a factor for each expert"
         raise bad_setting("sensitivity", got, expected, "give F_i for every expert, zeros where nothing is known")
-    return given.to(device).reshape(-1, *shape[-2:], given.shape[-1])
+    given = given.to(deltas.device).reshape(-1, *shape[-2:], given.shape[-1])
+    pooling = settings.pooling
+    if pooling is None:
+        told = 1 - breadth(deltas.to(working_dtype(deltas.dtype)), directions)
+        pooling = torch.where(given.flatten(2).any(-1), told, DEFAULT_POOLING)
+    return replace(settings, sensitivity=given, pooling=pooling)
 
 
 def _solve_blocks(deltas: Tensor, settings: Settings) -> Solution:
@@ -211,6 +224,7 @@ def _solve_factored(adapters: Adapters, settings: Settings) -> Solution:
         return _solve_minded(adapters, settings)
     left, cores, right = adapters.within()
     device = cores.left.device
+    settings = replace(settings, pooling=DEFAULT_POOLING if settings.pooling is None else settings.pooling)
     scales = _expert_scales(settings.scale, adapters.batch, adapters.count, device)
     if adapters.dtype == torch.float32 and settings.rtol >= FLOAT32_RTOL:
         cores = cores.float()
@@ -236,15 +250,13 @@ def _solve_minded(adapters: Adapters, settings: Settings) -> Solution:
     scaled = left.double() * adapters.scaling[:, None, None]
     cores = (scaled @ inside.mT).to(dtype)
     scales = _expert_scales(settings.scale, adapters.batch, experts, device)
-    sensitivity = _checked_sensitivity(settings, (*adapters.batch, experts, adapters.size[0]), device)
-    assert sensitivity is not None
+    whole = _settled(settings, cores, (*adapters.batch, experts, adapters.size[0]), min(adapters.size))
     stride = 1 if device.type == "cpu" else max(1, len(cores))
     members: list[Solution] = []
     for first in range(0, len(cores), stride):
         chunk = slice(first, first + stride)
         own_scales = None if scales is None else scales[chunk]
-        own = replace(settings, sensitivity=sensitivity[chunk].to(dtype))
-        members += solve_core(cores[chunk], adapters.size, own_scales, None, own)
+        members += solve_core(cores[chunk], adapters.size, own_scales, None, whole.of(chunk, dtype))
     lifted = []
     for i, member in enumerate(members):
         columns, core = torch.linalg.qr(member.dense())

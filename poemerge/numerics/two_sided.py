@@ -128,7 +128,7 @@ class Kronecker:
 class TwoSided(Kronecker, Referenced):
     """Σ w_i L_i Θ R_i + λΘ = Σ w_i L_i A_i R_i, with L_i = Â_iÂ_iᵀ and R_i = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j.
 
-    `pooling` y: each expert's input Gram is a noisy estimate of what its task's inputs look like in this layer, and
+    `pooling` y, one for all or one each: an input Gram is a noisy estimate of what a task's inputs look like here, and
     tasks share most of that, so it is shrunk to the pooled one. Without it nobody guards the directions in which only
     some other expert moves, and Θ overshoots. The output Gram is the task's own, and stays.
 
@@ -142,11 +142,13 @@ class TwoSided(Kronecker, Referenced):
         self,
         deltas: Float[Tensor, "batch expert out in"],
         mean_over: int,
-        pooling: float,
+        pooling: float | Float[Tensor, "batch expert"],
         sensitivity: Float[Tensor, "batch expert out s"] | None = None,
     ) -> None:
         """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
-        self.mean_over, self.pooling = mean_over, pooling
+        self.mean_over = mean_over
+        self.pooling = torch.as_tensor(pooling).to(deltas)
+        self.pooling = self.pooling[..., None, None] if self.pooling.ndim else self.pooling.expand(1, 1, 1, 1)
         norm = norm_sq(deltas).sqrt()[..., None, None]
         shrink = torch.where(norm > 0, 1 / norm, 0.0).to(deltas.dtype)
         # All that does not depend on the settings: a sweep makes it once.
@@ -162,7 +164,8 @@ class TwoSided(Kronecker, Referenced):
         rows, columns = self.unit.shape[-2:]
         self.right = self.input_grams() if columns < _GOLDEN * rows else None
         self.left_diagonal = self.factor.square().sum(-1)
-        self.right_diagonal = (1 - pooling) * self.unit.square().sum(-2) + pooling * self.pooled
+        own = self.unit.square().sum(-2)
+        self.right_diagonal = own.lerp(self.pooled.expand_as(own), self.pooling.squeeze(-1))
         self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
         self.start_residual_sq = (self.deltas * self._each(self.deltas)).sum(-1).double().sum(-1).clamp_min(0)
         self._refer(self.deltas.mean(1))
@@ -185,7 +188,7 @@ class TwoSided(Kronecker, Referenced):
     def input_grams(self) -> Float[Tensor, "batch expert in in"]:
         """R_i, in the coordinates that the problem is solved in."""
         grams: Tensor = (1 - self.pooling) * gram(self.unit.mT)
-        grams.diagonal(dim1=-2, dim2=-1).add_(self.pooling * self.pooled)
+        grams.diagonal(dim1=-2, dim2=-1).add_(self.pooling.squeeze(-1) * self.pooled)
         return grams
 
     def _each(self, theta: Float[Tensor, "batch #expert out in"]) -> Float[Tensor, "batch expert out in"]:
@@ -194,7 +197,7 @@ class TwoSided(Kronecker, Referenced):
         if self.right is None:
             assert self.left is not None
             each = ((1 - self.pooling) * (self.left @ (theta @ self.unit.mT))) @ self.unit
-            if self.pooling:
+            if bool(self.pooling.any()):
                 each += (self.left @ theta) * (self.pooling * self.pooled.unsqueeze(1))
         elif self.left is None:
             each = self.factor @ (self.factor.mT @ theta @ self.right)
@@ -211,7 +214,7 @@ class TwoSided(Kronecker, Referenced):
         if right is None:
             assert left is not None
             own = ((1 - self.pooling) * heavy) * left
-            summed = self.pooling * (heavy * left).sum(1)
+            summed = (self.pooling * heavy * left).sum(1)
             long = unit.flatten(1, 2)
 
             def wide(theta: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def current(params: Params, selection: Selection) -> dict[str, Any]:
     point: dict[str, Any] = {"method": merge.method}
     if merge.method == "poe":
         point |= {"family": selection.model.family, "side": merge.side}
-        if merge.side == "both":
+        if merge.side == "both" and merge.pooling is not None:
             point["pooling"] = merge.pooling
         if selection.model.family != "gaussian":
             point["scale_factor"] = merge.scale_factor
