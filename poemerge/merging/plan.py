@@ -12,7 +12,7 @@ import torch
 from poemerge.checkpoints import ExpertSet, Shard, plan_shards
 from poemerge.checkpoints.safetensors_file import FLOATS
 from poemerge.errors import BadInputError, Problem
-from poemerge.merging.sensitivity import COLUMNS, why_not
+from poemerge.merging.sensitivity import columns, why_not
 from poemerge.merging.settings import ELEMENTWISE, ParameterSettings, Selection, resolve
 from poemerge.numerics.solver import FLOAT32_RTOL, THIN
 from poemerge.params import MergeParams, Side, parse_bytes
@@ -289,13 +289,13 @@ def _working_sets(p: ParameterPlan) -> float:
     assert p.settings is not None
     if p.settings.method != "poe":
         return BASELINE_WORKING_SETS.get(p.settings.method, 7.0)
-    rows, columns = (p.shape[-2:] if len(p.shape) > 1 else (1, p.entries))[:: -1 if p.transposed else 1]
+    rows, wide = (p.shape[-2:] if len(p.shape) > 1 else (1, p.entries))[:: -1 if p.transposed else 1]
     count = len(p.experts)
     if p.settings.side == "both":
         # A sensitivity: as it is read, at unit norm, beside Â_i, and that in the eigenbasis and weighed.
-        minded = 5 * min(rows, COLUMNS) / columns + 2 if p.minded else 0
-        return 9 + 28 / count + (rows / columns + columns / rows) / 2 + minded
-    return 5.5 + 8 / count + 3 * (rows / columns if p.settings.side == "output" else columns / rows)
+        minded = 5 * columns(rows) / wide + 2 if p.minded else 0
+        return 9 + 28 / count + (rows / wide + wide / rows) / 2 + minded
+    return 5.5 + 8 / count + 3 * (rows / wide if p.settings.side == "output" else wide / rows)
 
 
 def _bytes_read(experts: ExpertSet, p: ParameterPlan) -> int:

@@ -32,22 +32,26 @@ from poemerge.merging.identity import identity_of
 from poemerge.merging.stream import processors, single_threaded
 from poemerge.quiet import quiet_loading
 
-__all__ = ["COLUMNS", "Sensitivities", "gather", "measure", "why_not"]
+__all__ = ["Sensitivities", "columns", "gather", "measure", "why_not"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 """Raised when the measurement changes: what is kept of earlier ones is then measured again."""
 
 _INPUTS = 256
 _BATCH = 32
 _TOKENS = 32
-COLUMNS = 512
-"""The most columns of F: a layer with more outputs has its S sketched by so many."""
+_WHOLE = 2048
+_SKETCH = 512
+"""S is kept whole for a layer of at most so many outputs, else sketched by so many columns."""
+
+_JITTER = 1e-5
+"""Part of ‖S‖_F on the diagonal: a normalisation's null directions come out a little negative in float32."""
 
 _AT_ONCE = 2
-_ROOM = 4
-"""Two models in float32 with their activations and gradients take at most this many times the size of one."""
+_ROOM = 6
+"""Two models in float32 with their activations, gradients and S take at most this many times the size of one."""
 
 _loading = threading.Lock()
 """transformers changes settings of the whole process while it loads a model."""
@@ -69,13 +73,18 @@ class Sensitivities:
                 file = SafetensorsFile.open(path)
                 try:
                     if name in file.entries and file.entries[name].shape[0] == rows:
-                        found[expert] = file.read(name)
+                        found[expert] = file.read(name).float()
                 finally:
                     file.close()
         if not found:
             return None
         nothing = torch.zeros_like(next(iter(found.values())))
         return torch.stack([found.get(expert, nothing) for expert in experts])
+
+
+def columns(rows: int) -> int:
+    """How many columns F has for a layer of `rows` outputs."""
+    return rows if rows <= _WHOLE else _SKETCH
 
 
 def why_not(experts: ExpertSet, max_memory: int) -> dict[str, str]:
@@ -131,7 +140,8 @@ def _measured(experts: ExpertSet, name: str, folder: Path) -> str | None:
     if not all(bool(factor.isfinite().all()) for factor in found.values()):
         return "its gradients are not finite"
     target, kept = folder / f"{name}.safetensors", _kept(experts, name)
-    save_tensors(target, found)
+    # What 256 inputs say is far from exact to the three digits that are kept.
+    save_tensors(target, {own: factor.to(torch.bfloat16) for own, factor in found.items()})
     with suppress(OSError):  # a home that cannot be written costs the next merge a measurement
         kept.parent.mkdir(parents=True, exist_ok=True)
         _copy(target, kept)
@@ -159,8 +169,8 @@ def _kept(experts: ExpertSet, name: str) -> Path:
 def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
     """F `[out, s]` float32 of every matrix of the base that is a linear layer, by name: F Fᵀ = E[g gᵀ].
 
-    g is the gradient at the layer's outputs of the log-likelihood of the expert `name`; above 512 outputs F is a sketch
-    of 512 columns, which has that product in expectation.
+    g is the gradient at the layer's outputs of the log-likelihood of the expert `name`; above 2048 outputs F is
+    a sketch of 512 columns, which has that product in expectation.
 
     256 inputs of 32 random tokens (or normal noise in place of an image) go through the expert in float32 on one thread
     of the CPU. At its logits the gradient is drawn from N(0, diag p − p pᵀ), the Fisher matrix of its prediction p.
@@ -206,7 +216,7 @@ def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 class _Covariance:
-    """S of one layer's outputs, gathered from gradients: whole, or Gᵀ·signs/√512 of it where there are many."""
+    """S of one layer's outputs, gathered from gradients: whole, or a sketch Gᵀ·signs/√512 where there are many."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
@@ -218,17 +228,19 @@ class _Covariance:
 
     def _add(self, gradient: Tensor) -> None:
         rows = gradient.detach().reshape(-1, gradient.shape[-1])
-        other = rows if rows.shape[-1] <= COLUMNS else _signs((len(rows), COLUMNS), self._generator) / COLUMNS**0.5
+        whole = rows.shape[-1] <= _WHOLE
+        other = rows if whole else _signs((len(rows), _SKETCH), self._generator) / _SKETCH**0.5
         self.total = rows.mT @ other if self.total is None else self.total.addmm_(rows.mT, other)
 
     def factor(self) -> Tensor:
         """F `[out, s]`."""
         assert self.total is not None
-        if self.total.shape[0] > COLUMNS:
+        if len(self.total) > _WHOLE or not bool(self.total.any()):
             sketch: Tensor = self.total / _INPUTS**0.5
             return sketch
-        values, vectors = torch.linalg.eigh(self.total.double() / _INPUTS)
-        root: Tensor = (vectors * values.clamp_min(0).sqrt()).float()
+        whole = self.total.double() / _INPUTS
+        whole.diagonal().add_(_JITTER * whole.norm())
+        root: Tensor = torch.linalg.cholesky(whole).float()
         return root
 
 

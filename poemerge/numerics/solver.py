@@ -64,8 +64,8 @@ def solve(
       Σ w_i G_i (of its Kronecker form for both sides) at the weights the start gives, fixed from there on.
     - `pooling`: y in [0, 1], for both sides alone: the input Gram Â_iᵀÂ_i is shrunk to the mean over the experts,
       S_i² = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j; 0 leaves each its own, and the residual is then Âᵀ_i(Θ − A_i)Âᵀ_i.
-      None is 0.5, and 1 − ρ_i for an expert whose sensitivity is given, ρ_i = ‖A_i‖_*²/(min(out, in)·‖A_i‖²_F) the share of
-      all directions that its task vector tells about.
+      None is 0.5, and 1 − ρ_i for an expert whose sensitivity is given, ρ_i = ‖A_i‖_*²/(min(out, in)·‖A_i‖²_F) being
+      the share of all directions that its task vector tells about.
     - `sensitivity`: F_i, for both sides alone: what else expert i minds than the directions it moved, with F_iF_iᵀ the
       covariance of its gradients at the layer's outputs. The output Gram becomes the mean of Â_iÂ_iᵀ and
       F_iF_iᵀ/‖F_i‖²; a matrix of zeros says nothing.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 __all__ = ["DEMO", "FULL", "PROTOCOL", "ExpertPlan", "Settings", "Training", "digest_of"]
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when the meaning of a setting, a split or a head changes: every expert is then trained anew."""
 
 Kind = Literal["full", "lora"]
@@ -66,7 +66,7 @@ class Settings:
         return tuple(dict.fromkeys(named))
 
 
-TASK_ORDER = ("newsgroups", "reuters", "authors", "movies", "editorials", "tweets", "reviews")
+TASK_ORDER = ("newsgroups", "reuters", "topics", "authors", "movies", "editorials", "tweets", "reviews")
 
 DEMO = Settings(
     name="demo",

