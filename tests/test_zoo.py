@@ -145,7 +145,19 @@ def tiny_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    words = [*"0123456789", *(f"##{d}" for d in range(10)), *WORDS[0], *WORDS[1], "it", "is", "number", "a", "text"]
+    words = [
+        *"0123456789",
+        *(f"##{d}" for d in range(10)),
+        *WORDS[0],
+        *WORDS[1],
+        "it",
+        "is",
+        "number",
+        "a",
+        "text",
+        "positive",
+        "negative",
+    ]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     folder = tmp_path_factory.mktemp("encoder")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
