@@ -103,8 +103,13 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], factor: Tensor, exp
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sensitivity")
     base = make_base(folder / "base")
+    headless = make_full_expert(base, folder / "headless", seed=2)
+    tensors = load_file(headless / "model.safetensors")
+    del tensors["head.weight"]
+    save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
     return {
         "base": base,
+        "headless": headless,
         "one": make_full_expert(base, folder / "one", seed=1),
         "lora": make_lora_expert(base, folder / "lora", seed=3),
     }
@@ -172,6 +177,29 @@ def test_a_merge_measures_once_and_says_so(
     assert off.record["digest"] != result.record["digest"]
     assert {one["sensitivity"] for one in off.record["experts"].values()} == {"off"}
     assert not [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")]
+
+
+def _coefficient(folder: Path, name: str) -> float:
+    lines = map(json.loads, (folder / "ledger.jsonl").read_text().splitlines())
+    return float(next(line["coefficient"] for line in lines if line["name"] == name))
+
+
+def test_a_merge_is_added_whole_where_all_that_moved_a_matrix_are_measured(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    both, headless = _experts(models, "one", "lora"), _experts(models, "one", "headless")
+    merge(models["base"], both, tmp_path / "known", MergeParams())
+    assert _coefficient(tmp_path / "known", QUERY) == 1
+    record = merge(models["base"], headless, tmp_path / "partly", MergeParams()).record
+    assert [record["experts"][name]["sensitivity"] for name in ("one", "headless")] == [
+        "measured",
+        "it has no head.weight",
+    ]
+    merge(models["base"], headless, tmp_path / "off", MergeParams(sensitivity="off"))
+    by_length = _coefficient(tmp_path / "off", QUERY)
+    assert 0 < _coefficient(tmp_path / "partly", QUERY) == by_length < 1
+    merge(models["base"], both, tmp_path / "given", MergeParams(coefficient=0.4))
+    assert _coefficient(tmp_path / "given", QUERY) == 0.4
 
 
 def test_a_merge_of_a_part_is_no_measurement_of_the_whole(
