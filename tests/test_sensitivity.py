@@ -193,7 +193,7 @@ def test_a_merge_is_added_whole_where_all_that_moved_a_matrix_are_measured(
     record = merge(models["base"], headless, tmp_path / "partly", MergeParams()).record
     assert [record["experts"][name]["sensitivity"] for name in ("one", "headless")] == [
         "measured",
-        "it has no head.weight",
+        "it has no head of its own",
     ]
     merge(models["base"], headless, tmp_path / "off", MergeParams(sensitivity="off"))
     by_length = _coefficient(tmp_path / "off", QUERY)
@@ -245,7 +245,7 @@ def test_an_expert_without_a_head_is_merged_without(models: dict[str, Path], tmp
     record = merge(
         models["base"], {"bare": tmp_path / "bare", "lora": models["lora"]}, tmp_path / "m", MergeParams()
     ).record
-    assert record["experts"]["bare"]["sensitivity"] == "it has no head.weight"
+    assert record["experts"]["bare"]["sensitivity"] == "it has no head of its own"
     assert record["experts"]["lora"]["sensitivity"] == "measured"
 
 

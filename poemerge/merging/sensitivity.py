@@ -12,8 +12,7 @@ import json
 import logging
 import os
 import shutil
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ from torch import Tensor
 
 from poemerge.cache import cache_root
 from poemerge.checkpoints import ExpertSet, model_config, save_tensors
-from poemerge.checkpoints.names import match_names
 from poemerge.checkpoints.safetensors_file import SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.identity import identity_of
+from poemerge.merging.predictor import BATCH, Predictor, predicts
 from poemerge.merging.stream import processors, single_threaded
-from poemerge.quiet import quiet_loading
 
 __all__ = ["Sensitivities", "columns", "gather", "measure", "why_not"]
 
@@ -40,8 +38,6 @@ _VERSION = 2
 """Raised when the measurement changes: what is kept of earlier ones is then measured again."""
 
 _INPUTS = 256
-_BATCH = 32
-_TOKENS = 32
 _WHOLE = 2048
 _SKETCH = 512
 """S is kept whole for a layer of at most so many outputs, else sketched by so many columns."""
@@ -52,9 +48,6 @@ _JITTER = 1e-5
 _AT_ONCE = 2
 _ROOM = 6
 """Two models in float32 with their activations, gradients and S take at most this many times the size of one."""
-
-_loading = threading.Lock()
-"""transformers changes settings of the whole process while it loads a model."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ def why_not(experts: ExpertSet, max_memory: int) -> dict[str, str]:
         reason = f"no inputs are known for a model of type {config['model_type']}"
     else:
         heads = {name: set(one.private_names()) for name, one in experts.experts.items()}
-        return {name: "it has no head.weight" for name, own in heads.items() if "head.weight" not in own}
+        return {name: "it has no head of its own" for name, own in heads.items() if not predicts(own)}
     return dict.fromkeys(experts.experts, reason)
 
 
@@ -174,28 +167,23 @@ def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
 
     256 inputs of 32 random tokens (or normal noise in place of an image) go through the expert in float32 on one thread
     of the CPU. At its logits the gradient is drawn from N(0, diag p − p pᵀ), the Fisher matrix of its prediction p.
-    Raises what transformers raises for a model that it cannot build, ValueError where no linear layer is a matrix of
-    the base.
+    Raises what `Predictor` raises, ValueError where no linear layer is a matrix of the base.
     """
     log.info("%s: measuring what its predictions are sensitive to", name)
     generator = torch.Generator().manual_seed(0)
     with single_threaded():
-        with _loading:
-            model = _model(experts)
-        _become(model, experts, name)
-        layers = dict(_linear_layers(model, experts))
+        predictor = Predictor(experts, name)
+        layers = dict(predictor.linear_layers())
         if not layers:
             raise ValueError("no linear layer is a matrix of the base")
-        private = experts.experts[name].read_private()
-        weight, bias = private["head.weight"].float(), private.get("head.bias")
         found = {own: _Covariance(generator) for own in layers}
         hooks = [layer.register_forward_hook(found[own].hook) for own, layer in layers.items()]
         # Gradients flow back to the inputs' embeddings; the weights need none.
-        hooks.append(model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_()))
+        embeddings = predictor.model.get_input_embeddings()
+        hooks.append(embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_()))
         try:
-            for _ in range(_INPUTS // _BATCH):
-                embedding = _embedding(model, generator)
-                logits = torch.nn.functional.linear(embedding, weight, None if bias is None else bias.float())
+            for _ in range(_INPUTS // BATCH):
+                logits = predictor.logits(generator)
                 torch.autograd.backward(logits, _fisher_draw(logits.detach(), generator))
         finally:
             for hook in hooks:
@@ -242,68 +230,3 @@ class _Covariance:
         whole.diagonal().add_(_JITTER * whole.norm())
         root: Tensor = torch.linalg.cholesky(whole).float()
         return root
-
-
-def _model(experts: ExpertSet) -> Any:
-    """The base's architecture with the base's weights."""
-    from transformers import AutoConfig, AutoModel
-
-    folder = experts.base.path
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    kind: Any = AutoModel
-    if config.model_type in {"clip", "clip_vision_model"}:
-        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-        # The base's architecture: a bare vision tower does not know the width of the projection.
-        width = config.projection_dim
-        config, kind = CLIPVisionConfig.from_pretrained(folder, projection_dim=width), CLIPVisionModelWithProjection
-    with quiet_loading():
-        model = kind.from_pretrained(
-            folder, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
-    return model.eval().requires_grad_(False)
-
-
-def _names(model: Any, experts: ExpertSet) -> Iterator[tuple[str, str]]:
-    """(the base's name, the module's) of every parameter that both have."""
-    matched = match_names(set(experts.names()), [theirs for theirs, _ in model.named_parameters()])
-    for theirs, name in matched.items():
-        yield name, theirs
-
-
-def _become(model: Any, experts: ExpertSet, expert: str) -> None:
-    """Add the expert's task vector to the base's weights in `model`."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, theirs in _names(model, experts):
-            if expert in experts.touching(name):
-                parameters[theirs].add_(experts.delta(expert, name))
-
-
-def _linear_layers(model: Any, experts: ExpertSet) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The base's name of the weight, and the layer, for every linear layer that is merged as a matrix."""
-    for name, theirs in _names(model, experts):
-        owner, _, last = theirs.rpartition(".")
-        module = model.get_submodule(owner)
-        linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-        if last == "weight" and linear and experts.rule(name) == "matrix":
-            yield name, module
-
-
-def _embedding(model: Any, generator: torch.Generator) -> Tensor:
-    """`[input, hidden]` of random inputs, pooled as the evaluation's suites do by default."""
-    config = model.config
-    if hasattr(config, "image_size"):
-        size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
-        pixels = torch.randn(_BATCH, getattr(config, "num_channels", 3), *size, generator=generator)
-        out = model(pixel_values=pixels)
-        if hasattr(out, "image_embeds"):
-            return torch.nn.functional.normalize(out.image_embeds, dim=-1)
-        first: Tensor = out.last_hidden_state[:, 0]
-        return first
-    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
-    tokens = torch.randint(0, config.vocab_size, (_BATCH, length), generator=generator)
-    if config.pad_token_id is not None:
-        tokens[tokens == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
-    states: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
-    return torch.nn.functional.normalize(states.mean(1), dim=-1)

@@ -1,0 +1,150 @@
+"""An expert as what it predicts: its network under its own head, asked with random inputs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poemerge.checkpoints import ExpertSet
+from poemerge.checkpoints.names import match_names
+from poemerge.quiet import quiet_loading
+
+__all__ = ["BATCH", "Predictor", "predicts"]
+
+BATCH = 32
+_TOKENS = 32
+_CLASSIFIERS = ("classifier", "score")
+"""What transformers calls the classifier of its own task models."""
+
+_loading = threading.Lock()
+"""transformers changes settings of the whole process while it loads a model."""
+
+
+def predicts(private: Collection[str]) -> bool:
+    """Whether private parameters of these names make a head: head.weight, or a classifier of transformers' own."""
+    return "head.weight" in private or any(
+        name.partition(".")[0] in _CLASSIFIERS and name.endswith(".weight") for name in private
+    )
+
+
+class Predictor:
+    """The expert `name` in float32 on the CPU, with its private head; its weights need no gradients.
+
+    Raises what transformers raises for a model that it cannot build, and ValueError for one whose weights neither the
+    base nor the expert holds.
+    """
+
+    def __init__(self, experts: ExpertSet, name: str) -> None:
+        private = experts.experts[name].read_private()
+        self.experts = experts
+        self.head = private.get("head.weight")
+        self.bias = private.get("head.bias")
+        with _loading:
+            self.model = _encoder(experts) if self.head is not None else _classifier(experts, name, private)
+        self.model.eval().requires_grad_(False)
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for own, theirs in self._names():
+                if name in experts.touching(own):
+                    parameters[theirs].add_(experts.delta(name, own))
+
+    def linear_layers(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """The base's name of the weight, and the layer, for every linear layer that is merged as a matrix."""
+        for name, theirs in self._names():
+            owner, _, last = theirs.rpartition(".")
+            module = self.model.get_submodule(owner)
+            linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+            if last == "weight" and linear and self.experts.rule(name) == "matrix":
+                yield name, module
+
+    def logits(self, generator: torch.Generator) -> Tensor:
+        """`[32, class]` for inputs of 32 random tokens, or of normal noise in place of an image."""
+        inputs = _inputs(self.model.config, generator)
+        out = self.model(**inputs)
+        if self.head is None:
+            logits: Tensor = out.logits
+            return logits
+        bias = None if self.bias is None else self.bias.float()
+        return torch.nn.functional.linear(_pooled(out, "pixel_values" in inputs), self.head.float(), bias)
+
+    def _names(self) -> Iterator[tuple[str, str]]:
+        """(the base's name, the module's) of every parameter that both have."""
+        matched = match_names(set(self.experts.names()), [theirs for theirs, _ in self.model.named_parameters()])
+        for theirs, name in matched.items():
+            yield name, theirs
+
+
+def _pooled(out: Any, image: bool) -> Tensor:
+    """`[input, hidden]`, pooled as the evaluation's suites do by default."""
+    if hasattr(out, "image_embeds"):
+        return torch.nn.functional.normalize(out.image_embeds, dim=-1)
+    states: Tensor = out.last_hidden_state
+    return states[:, 0] if image else torch.nn.functional.normalize(states.mean(1), dim=-1)
+
+
+def _inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    if hasattr(config, "image_size"):
+        size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
+        return {"pixel_values": torch.randn(BATCH, getattr(config, "num_channels", 3), *size, generator=generator)}
+    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+    tokens = torch.randint(0, config.vocab_size, (BATCH, length), generator=generator)
+    if config.pad_token_id is not None:
+        tokens[tokens == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _encoder(experts: ExpertSet) -> Any:
+    """The base's architecture with the base's weights."""
+    from transformers import AutoConfig, AutoModel
+
+    folder = experts.base.path
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind: Any = AutoModel
+    if config.model_type in {"clip", "clip_vision_model"}:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        # The base's architecture: a bare vision tower does not know the width of the projection.
+        width = config.projection_dim
+        config, kind = CLIPVisionConfig.from_pretrained(folder, projection_dim=width), CLIPVisionModelWithProjection
+    with quiet_loading():
+        return kind.from_pretrained(
+            folder, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+
+
+def _classifier(experts: ExpertSet, name: str, private: dict[str, Tensor]) -> Any:
+    """transformers' classifier of the base's architecture, the base's weights under the expert's own classifier."""
+    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+
+    folder, own = experts.base.path, experts.experts[name].path
+    rows = {tensor.shape[0] for each, tensor in private.items() if each.endswith("weight") and tensor.ndim == 2}
+    labels = {"num_labels": rows.pop()} if len(rows) == 1 else {}
+    told = own if (own / "config.json").is_file() else folder
+    config = AutoConfig.from_pretrained(told, trust_remote_code=False, **labels)
+    image = hasattr(config, "image_size")
+    if not image and config.pad_token_id is None:
+        config.pad_token_id = 0  # decoders find their last token by it
+    kind: Any = AutoModelForImageClassification if image else AutoModelForSequenceClassification
+    with quiet_loading():
+        model, loading = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    state = model.state_dict()
+    unmade = set(loading["missing_keys"]) | {one[0] for one in loading["mismatched_keys"]}
+    for each, tensor in private.items():
+        if each in state and state[each].shape == tensor.shape:
+            state[each].copy_(tensor)
+            unmade.discard(each)
+    if unmade:
+        raise ValueError(f"neither the base nor the expert holds {', '.join(sorted(unmade))}")
+    return model

@@ -1,0 +1,116 @@
+"""Predictor: every kind of expert predicts, on random inputs, exactly what its own library makes it predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from poemerge.checkpoints import ExpertSet
+from poemerge.merging import merge
+from poemerge.merging.predictor import Predictor, _inputs, predicts
+from poemerge.merging.sensitivity import measure, why_not
+from poemerge.params import MergeParams
+from tests.tiny import make_base, make_full_expert
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def _moved(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def _bert(folder: Path) -> Any:
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+    BertModel(BertConfig(vocab_size=60, **SIZES)).save_pretrained(folder / "base")
+    return _moved(BertForSequenceClassification.from_pretrained(folder / "base", num_labels=3))
+
+
+def _roberta(folder: Path) -> Any:
+    from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaModel
+
+    config = RobertaConfig(vocab_size=60, max_position_embeddings=64, pad_token_id=1, **SIZES)
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(folder / "base")
+    return _moved(RobertaForSequenceClassification.from_pretrained(folder / "base", num_labels=3))
+
+
+def _vit(folder: Path) -> Any:
+    from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+    ViTModel(ViTConfig(image_size=16, patch_size=8, **SIZES), add_pooling_layer=False).save_pretrained(folder / "base")
+    return _moved(ViTForImageClassification.from_pretrained(folder / "base", num_labels=3))
+
+
+def _llama(folder: Path) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    LlamaForCausalLM(LlamaConfig(vocab_size=60, num_key_value_heads=2, **SIZES)).save_pretrained(folder / "base")
+    return _moved(LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=3, pad_token_id=0))
+
+
+@pytest.mark.parametrize("make", [_bert, _roberta, _vit, _llama])
+def test_a_classifier_of_transformers_predicts_what_it_predicts(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    expert = make(tmp_path)
+    expert.save_pretrained(tmp_path / "expert")
+    experts = ExpertSet.open(tmp_path / "base", {"expert": tmp_path / "expert"})
+    assert why_not(experts, 1 << 30) == {}
+    predictor = Predictor(experts, "expert")
+    found = predictor.logits(torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = expert(**_inputs(predictor.model.config, torch.Generator().manual_seed(4))).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    factors = measure(experts, "expert")
+    matrices = {name for name in experts.names() if experts.rule(name) == "matrix"}
+    assert matrices - {"lm_head.weight"} == set(factors)
+    assert all(float(factor.norm()) > 0 for factor in factors.values())
+
+
+def test_an_adapter_with_its_classifier_predicts_what_peft_makes_it_predict(tmp_path: Path) -> None:
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    base = make_base(tmp_path / "base")
+    whole = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    settings = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"], init_lora_weights=False)
+    adapted = get_peft_model(whole, settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    experts = ExpertSet.open(base, {"adapter": tmp_path / "adapter"})
+    predictor = Predictor(experts, "adapter")
+    found = predictor.logits(torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = adapted(**_inputs(predictor.model.config, torch.Generator().manual_seed(4))).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_with_a_hole_is_merged_without_a_measurement(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    one = make_full_expert(base, tmp_path / "one", seed=1)
+    tensors = load_file(one / "model.safetensors")
+    holed = {name: tensor for name, tensor in tensors.items() if name != "head.weight"}
+    holed["classifier.weight"] = torch.randn(3, tensors["head.weight"].shape[1])  # and no bias
+    save_file(holed, one / "model.safetensors", metadata={"format": "pt"})
+    record = merge(base, {"one": one}, tmp_path / "m", MergeParams()).record
+    assert (
+        record["experts"]["one"]["sensitivity"] == "ValueError: neither the base nor the expert holds classifier.bias"
+    )
+
+
+@pytest.mark.parametrize("name", ["head.weight", "classifier.out_proj.weight", "score.weight"])
+def test_what_counts_as_a_head(name: str) -> None:
+    assert predicts(["pooler.dense.weight", name])
+
+
+@pytest.mark.parametrize("names", [["lm_head.weight"], ["classifier.bias"], []])
+def test_what_is_no_head(names: list[str]) -> None:
+    assert not predicts(names)
