@@ -52,7 +52,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--tail-index", type=float, help="degrees of freedom, for --expert-family student_t")
     parser.add_argument("--preset", choices=get_args(Preset), help="the settings of the paper's released code")
     parser.add_argument("--side", choices=get_args(Side), help="side of the residual, for method poe")
-    parser.add_argument("--pooling", type=float, help="0 to 1, for --side both: shrinks input Grams to their mean")
+    parser.add_argument(
+        "--pooling",
+        type=float,
+        help="0 to 1, for --side both: shrinks input Grams to their mean (default: by what is known of each expert)",
+    )
     parser.add_argument("--scale", choices=get_args(Scale), help="scale of an expert's energy")
     parser.add_argument("--scale-factor", type=float)
     parser.add_argument("--prior", choices=("relative", "absolute"))
