@@ -312,3 +312,4 @@ def test_breadth_of_an_adapter_is_not_the_rounding_of_its_densified_form() -> No
     assert bool((precise <= 4 / 64).all())
     torch.testing.assert_close(breadth(b @ a), precise, rtol=1e-4, atol=0)
     assert breadth(torch.zeros(2, 5, 3)).tolist() == [0.0, 0.0]
+    torch.testing.assert_close(breadth(1e-30 * b @ a), precise, rtol=1e-4, atol=0)

@@ -20,6 +20,8 @@ def breadth(
     With singular values σ this is (Σσ)²/(d·Σσ²): 1 for d equal ones, r/d for r equal ones, about 0.7 for noise, and no
     more than r/d for an adapter of rank r. Float64; 0 for a task vector of zeros.
     """
+    largest = torch.linalg.vector_norm(deltas, ord=torch.inf, dim=(-2, -1), keepdim=True)
+    deltas = deltas / torch.where(largest > 0, largest, 1.0)  # squares of tiny entries would vanish
     tall = deltas if deltas.shape[-1] <= deltas.shape[-2] else deltas.mT
     values = torch.linalg.eigvalsh(gram(tall.mT).double()).clamp_min(0)
     values = torch.where(values > _ROUNDING * values[..., -1:], values, 0.0)
