@@ -169,6 +169,7 @@ class Stack:
             **{name: str(port) for name, port in ports.items()},
             "MLFLOW_ALLOWED_HOSTS": allowed,
             "MLFLOW_WORKERS": "1",
+            "S3_VOLUME_MB": "64",
             "PREFECT_PUBLIC_URL": f"http://127.0.0.1:{ports['PREFECT_PORT']}",
         }
 

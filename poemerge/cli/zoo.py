@@ -19,9 +19,9 @@ Build or list the offline zoo: a pretrained sentence encoder and experts fine-tu
   $ poemerge zoo build
   $ poemerge zoo list
   expert           kind  base   expert's  train  validation  test
-  newsgroups       full  0.643  0.773     768    300         300
-  reuters          full  0.820  0.983     768    300         300
-  editorials-lora  lora  0.743  0.843     768    300         300
+  newsgroups       full  0.613  0.740     768    300         300
+  reuters          full  0.797  0.973     768    300         300
+  editorials-lora  lora  0.767  0.870     768    300         300
   ...
 
 Inside a project, `zoo build` is DVC's stage data/zoo/dvc.yaml, so it is built once; accuracies are on the
