@@ -11,7 +11,7 @@ import torch
 
 from poemerge.checkpoints.safetensors_file import FLOATS
 
-__all__ = ["Rule", "is_head", "layer_group", "match_names", "rule_of", "selected"]
+__all__ = ["Rule", "classes_of", "is_head", "layer_group", "match_names", "rule_of", "selected"]
 
 Rule = Literal["matrix", "vector", "embedding", "base"]
 
@@ -35,6 +35,12 @@ _RENAMED_MODULES = tuple(
     )
 )
 """Vision transformers: an adapter has the names that modules have in transformers 5, a saved model those of before."""
+
+
+def classes_of(private: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """`num_labels` of a classifier's private parameters, for its configuration; nothing where its matrices differ."""
+    rows = {tensor.shape[0] for name, tensor in private.items() if name.endswith("weight") and tensor.ndim == 2}
+    return {"num_labels": rows.pop()} if len(rows) == 1 else {}
 
 
 def match_names(ours: Collection[str], theirs: Sequence[str]) -> dict[str, str]:

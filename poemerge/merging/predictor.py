@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from poemerge.checkpoints import ExpertSet
-from poemerge.checkpoints.names import match_names
+from poemerge.checkpoints.names import classes_of, match_names
 from poemerge.quiet import quiet_loading
 
 __all__ = ["BATCH", "Predictor", "predicts"]
@@ -121,10 +121,8 @@ def _classifier(experts: ExpertSet, name: str, private: dict[str, Tensor]) -> An
     from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 
     folder, own = experts.base.path, experts.experts[name].path
-    rows = {tensor.shape[0] for each, tensor in private.items() if each.endswith("weight") and tensor.ndim == 2}
-    labels = {"num_labels": rows.pop()} if len(rows) == 1 else {}
     told = own if (own / "config.json").is_file() else folder
-    config = AutoConfig.from_pretrained(told, trust_remote_code=False, **labels)
+    config = AutoConfig.from_pretrained(told, trust_remote_code=False, **classes_of(private))
     image = hasattr(config, "image_size")
     if not image and config.pad_token_id is None:
         config.pad_token_id = 0  # decoders find their last token by it

@@ -88,7 +88,7 @@ def solve(
         prior,
         prior_precision,
         side,
-        pooling,
+        DEFAULT_POOLING if pooling is None and sensitivity is None else pooling,
         init,
         max_steps,
         rtol,
@@ -174,7 +174,7 @@ def _settled(settings: Settings, deltas: Tensor, shape: tuple[int, ...], directi
     """
     given = settings.sensitivity
     if given is None:
-        return replace(settings, pooling=DEFAULT_POOLING if settings.pooling is None else settings.pooling)
+        return settings
     if given.shape[:-1] != shape or not given.is_floating_point() or not bool(given.isfinite().all()):
         got = (
             f"{given.dtype} of shape {list(given.shape)}"
@@ -224,7 +224,6 @@ def _solve_factored(adapters: Adapters, settings: Settings) -> Solution:
         return _solve_minded(adapters, settings)
     left, cores, right = adapters.within()
     device = cores.left.device
-    settings = replace(settings, pooling=DEFAULT_POOLING if settings.pooling is None else settings.pooling)
     scales = _expert_scales(settings.scale, adapters.batch, adapters.count, device)
     if adapters.dtype == torch.float32 and settings.rtol >= FLOAT32_RTOL:
         cores = cores.float()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from poemerge.checkpoints.names import classes_of
 from poemerge.suites.classification import Head, check_head, columns_of, scores_of
 from poemerge.suites.data import class_indices, description, read_split
 from poemerge.suites.protocol import Model, SuiteSpec
@@ -82,9 +83,7 @@ class ImageClassification:
         elif head is not None:
             module = runtime.module(AutoModel, Model(model.name, model.folder, model.base))
         else:
-            rows = {tensor.shape[0] for name, tensor in private.items() if name.endswith("weight") and tensor.ndim == 2}
-            labels = {"num_labels": rows.pop()} if len(rows) == 1 else {}
-            module = runtime.module(AutoModelForImageClassification, model, private, **labels)
+            module = runtime.module(AutoModelForImageClassification, model, private, **classes_of(private))
         check_head(self.spec, module.config.num_labels if head is None else len(head.weight), self.target)
         head = None if head is None else head.to(runtime.device)
         pixels = _Pixels(self.images, AutoImageProcessor.from_pretrained(model.base))

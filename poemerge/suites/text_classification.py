@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from poemerge.checkpoints.names import classes_of
 from poemerge.suites.classification import Head, check_head, columns_of, scores_of
 from poemerge.suites.data import class_indices, description, read_split
 from poemerge.suites.protocol import Model, SuiteSpec
@@ -79,9 +80,7 @@ class TextClassification:
             encoder = Model(model.name, model.folder, model.base)
             module, head = runtime.module(AutoModel, encoder), head.to(runtime.device)
         else:
-            rows = {tensor.shape[0] for name, tensor in private.items() if name.endswith("weight") and tensor.ndim == 2}
-            labels = {"num_labels": rows.pop()} if len(rows) == 1 else {}
-            module = runtime.module(AutoModelForSequenceClassification, model, private, **labels)
+            module = runtime.module(AutoModelForSequenceClassification, model, private, **classes_of(private))
             check_head(self.spec, module.config.num_labels, self.target)
         inputs, padding = self._tokenised(model.base, module.config)
         if module.config.pad_token_id is None:
