@@ -33,9 +33,10 @@ import poemerge
 import poemerge.baselines as baselines
 from poemerge.checkpoints import ExpertSet, save_tensors
 from poemerge.merging import FamilyChoice, Selection, merge
+from poemerge.numerics.precision import autocast
 from poemerge.params import MergeParams
 from poemerge.zoo.build import build_zoo, read_zoo
-from poemerge.zoo.encoder import autocast, batches, embed, encode_texts, load_encoder
+from poemerge.zoo.encoder import batches, embed, encode_texts, load_encoder
 from poemerge.zoo.settings import FULL, ExpertPlan, Settings
 from poemerge.zoo.splits import read_split
 

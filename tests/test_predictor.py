@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from poemerge.checkpoints import ExpertSet
 from poemerge.merging import merge
-from poemerge.merging.predictor import Predictor, _inputs, predicts
+from poemerge.merging.predictor import Predictor, predicts
 from poemerge.merging.sensitivity import measure, why_not
 from poemerge.params import MergeParams
 from tests.tiny import make_base, make_full_expert
@@ -65,9 +65,10 @@ def test_a_classifier_of_transformers_predicts_what_it_predicts(make: Any, tmp_p
     experts = ExpertSet.open(tmp_path / "base", {"expert": tmp_path / "expert"})
     assert why_not(experts, 1 << 30) == {}
     predictor = Predictor(experts, "expert")
-    found = predictor.logits(torch.Generator().manual_seed(4))
+    inputs = predictor.inputs.draw(32, torch.Generator().manual_seed(4))
+    found = predictor.logits(inputs)
     with torch.no_grad():
-        expected = expert(**_inputs(predictor.model.config, torch.Generator().manual_seed(4))).logits
+        expected = expert(**inputs).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     factors = measure(experts, "expert")
     matrices = {name for name in experts.names() if experts.rule(name) == "matrix"}
@@ -87,9 +88,10 @@ def test_an_adapter_with_its_classifier_predicts_what_peft_makes_it_predict(tmp_
     adapted.save_pretrained(tmp_path / "adapter")
     experts = ExpertSet.open(base, {"adapter": tmp_path / "adapter"})
     predictor = Predictor(experts, "adapter")
-    found = predictor.logits(torch.Generator().manual_seed(4))
+    inputs = predictor.inputs.draw(32, torch.Generator().manual_seed(4))
+    found = predictor.logits(inputs)
     with torch.no_grad():
-        expected = adapted(**_inputs(predictor.model.config, torch.Generator().manual_seed(4))).logits
+        expected = adapted(**inputs).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

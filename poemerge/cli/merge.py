@@ -71,6 +71,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=("auto", "off"),
         help="auto (default): measure what experts that hold a head.weight mind, by random inputs; off: do not",
     )
+    parser.add_argument(
+        "--refinement-steps",
+        type=int,
+        metavar="N",
+        help="once solved: steps down the divergence from all experts' predictions; default 48, 0 for none",
+    )
     parser.add_argument("--include", action="append", metavar="GLOB", help="parameters to merge; default: all")
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="parameters that stay at the base")
     parser.add_argument(

@@ -34,10 +34,11 @@ def write_companions(
     staging: Staging,
     with_digests: bool,
     not_measured: Mapping[str, str],
+    refinement: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write everything but the weights into the staging folder; returns the content of merge.json.
 
-    `not_measured`: by expert why its sensitivity counts nowhere.
+    `not_measured`: by expert why its sensitivity counts nowhere; `refinement`: what became of it.
     """
     records = {shard.file: staging.finished(shard, check=False) for shard in plan.shards}
     ledger = [line for record in records.values() if record is not None for line in record["ledger"]]
@@ -70,6 +71,7 @@ def write_companions(
             "private": {name: list(names) for name, names in plan.private.items()},
         },
         "outcomes": dict(sorted(outcomes.items())),
+        "refinement": dict(refinement),
         "digest": weights_digest({file: one["sha256"] for file, one in records.items() if one is not None}),
         "device": ", ".join(sorted({one["device"] for one in records.values() if one is not None})),
         "dtype": job.params.dtype if job.params.dtype != "base" else _common_dtype(plan),

@@ -1,9 +1,9 @@
-"""An expert as what it predicts: its network under its own head, asked with random inputs."""
+"""An expert as what it predicts: its network under its own head."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from poemerge.checkpoints import ExpertSet
 from poemerge.checkpoints.names import classes_of, match_names
+from poemerge.merging.inputs import RandomInputs
+from poemerge.numerics.precision import full_precision
 from poemerge.quiet import quiet_loading
 
-__all__ = ["BATCH", "Predictor", "predicts"]
+__all__ = ["Predictor", "predicts"]
 
-BATCH = 32
-_TOKENS = 32
 _CLASSIFIERS = ("classifier", "score")
 """What transformers calls the classifier of its own task models."""
 
@@ -45,6 +45,7 @@ class Predictor:
         self.bias = private.get("head.bias")
         with _loading:
             self.model = _encoder(experts) if self.head is not None else _classifier(experts, name, private)
+            self.inputs = RandomInputs(experts.base.path, self.model.config)
         self.model.eval().requires_grad_(False)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
@@ -61,15 +62,27 @@ class Predictor:
             if last == "weight" and linear and self.experts.rule(name) == "matrix":
                 yield name, module
 
-    def logits(self, generator: torch.Generator) -> Tensor:
-        """`[32, class]` for inputs of 32 random tokens, or of normal noise in place of an image."""
-        inputs = _inputs(self.model.config, generator)
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """`[input, class]`, as the expert's head reads what the network makes of `inputs`."""
         out = self.model(**inputs)
         if self.head is None:
             logits: Tensor = out.logits
             return logits
         bias = None if self.bias is None else self.bias.float()
-        return torch.nn.functional.linear(_pooled(out, "pixel_values" in inputs), self.head.float(), bias)
+        with full_precision():
+            return torch.nn.functional.linear(_pooled(out, "pixel_values" in inputs), self.head.float(), bias)
+
+    def adopt(self, parameters: Mapping[str, torch.nn.Parameter]) -> set[str]:
+        """Take `parameters`, by the base's names, for the network's own: the same objects. The expert's head stays.
+
+        Returns the names that the network has a place for.
+        """
+        taken = set()
+        for name, theirs in list(self._names()):
+            owner, _, last = theirs.rpartition(".")
+            setattr(self.model.get_submodule(owner), last, parameters[name])
+            taken.add(name)
+        return taken
 
     def _names(self) -> Iterator[tuple[str, str]]:
         """(the base's name, the module's) of every parameter that both have."""
@@ -81,20 +94,9 @@ class Predictor:
 def _pooled(out: Any, image: bool) -> Tensor:
     """`[input, hidden]`, pooled as the evaluation's suites do by default."""
     if hasattr(out, "image_embeds"):
-        return torch.nn.functional.normalize(out.image_embeds, dim=-1)
-    states: Tensor = out.last_hidden_state
+        return torch.nn.functional.normalize(out.image_embeds.float(), dim=-1)
+    states: Tensor = out.last_hidden_state.float()
     return states[:, 0] if image else torch.nn.functional.normalize(states.mean(1), dim=-1)
-
-
-def _inputs(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
-    if hasattr(config, "image_size"):
-        size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
-        return {"pixel_values": torch.randn(BATCH, getattr(config, "num_channels", 3), *size, generator=generator)}
-    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
-    tokens = torch.randint(0, config.vocab_size, (BATCH, length), generator=generator)
-    if config.pad_token_id is not None:
-        tokens[tokens == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 def _encoder(experts: ExpertSet) -> Any:

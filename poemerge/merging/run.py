@@ -13,6 +13,7 @@ from poemerge.merging.engine import Job, Progress, open_job, run_shards
 from poemerge.merging.identity import input_identities
 from poemerge.merging.output import write_companions
 from poemerge.merging.plan import Plan
+from poemerge.merging.refinement import refine, why_not_refined
 from poemerge.merging.sensitivity import gather
 from poemerge.merging.settings import Selection
 from poemerge.merging.staging import Staging, check_output, job_key
@@ -76,6 +77,7 @@ def merge(
                 reasons = gather(checkpoints, plan.not_measured, staging.sensitivities)
             else:
                 reasons = dict.fromkeys(checkpoints.experts, "no matrix is solved with it") | dict(plan.not_measured)
+            refinement = staging.refined()
             pending = [i for i, shard in enumerate(plan.shards) if staging.finished(shard) is None]
             resumed = len(plan.shards) - len(pending)
             if params.engine == "dask":
@@ -84,9 +86,31 @@ def merge(
                 run_on_cluster(job, plan, pending, staging, progress)
             else:
                 run_shards(checkpoints, plan, pending, staging, job.device(), progress)
+            if refinement is None:
+                refinement = _refinement(checkpoints, plan, staging, params.refinement_steps, reasons, progress)
             write_index(staging.folder, plan.shards)
-            record = write_companions(job, checkpoints, plan, staging, digests, reasons)
+            record = write_companions(job, checkpoints, plan, staging, digests, reasons, refinement)
             staging.publish()
         return MergeResult(out, record, resumed)
     finally:
         checkpoints.close()
+
+
+def _refinement(
+    experts: ExpertSet,
+    plan: Plan,
+    staging: Staging,
+    steps: int,
+    not_measured: Mapping[str, str],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Refine the merge where that can be; what merge.json says of it."""
+    why = why_not_refined(experts, plan, steps, not_measured)
+    if why is not None:
+        return {"steps": 0, "why": why}
+
+    def told(step: int) -> None:
+        if progress is not None:
+            progress(plan.bytes_written, plan.bytes_written, f"refined by step {step} of {steps}")
+
+    return refine(experts, plan, staging, steps, told)

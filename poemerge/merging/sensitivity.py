@@ -27,17 +27,18 @@ from poemerge.checkpoints import ExpertSet, model_config, save_tensors
 from poemerge.checkpoints.safetensors_file import SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.identity import identity_of
-from poemerge.merging.predictor import BATCH, Predictor, predicts
+from poemerge.merging.predictor import Predictor, predicts
 from poemerge.merging.stream import processors, single_threaded
 
 __all__ = ["Sensitivities", "columns", "gather", "measure", "why_not"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 """Raised when the measurement changes: what is kept of earlier ones is then measured again."""
 
 _INPUTS = 256
+_BATCH = 32
 _WHOLE = 2048
 _SKETCH = 512
 """S is kept whole for a layer of at most so many outputs, else sketched by so many columns."""
@@ -182,8 +183,8 @@ def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
         embeddings = predictor.model.get_input_embeddings()
         hooks.append(embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_()))
         try:
-            for _ in range(_INPUTS // BATCH):
-                logits = predictor.logits(generator)
+            for _ in range(_INPUTS // _BATCH):
+                logits = predictor.logits(predictor.inputs.draw(_BATCH, generator))
                 torch.autograd.backward(logits, _fisher_draw(logits.detach(), generator))
         finally:
             for hook in hooks:

@@ -70,6 +70,11 @@ class Staging:
         """Where the experts' measured sensitivities lie while the merge grows."""
         return self.records / "sensitivity"
 
+    @property
+    def refinement(self) -> Path:
+        """Where refined shards lie until all of them are whole."""
+        return self.records / "refinement"
+
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Make the folder and keep other merges to the same output away from it."""
@@ -119,6 +124,33 @@ class Staging:
         """Note that `shard` is finished, and on which device."""
         note = {"sha256": sha256, "device": device, "ledger": ledger}
         self.write_text(self.records / f"{shard.file}.json", json.dumps(note, ensure_ascii=False))
+
+    def record_refinement(self, digests: Mapping[str, str], moved: Mapping[str, float], note: dict[str, Any]) -> None:
+        """Note that the shards in `refinement` are whole (sha256 by file), and give them their places.
+
+        `moved` is, by parameter, how far it went; `note` is what merge.json says.
+        """
+        whole = {"digests": dict(digests), "moved": dict(moved), "note": note}
+        self.write_text(self.records / "refinement.json", json.dumps(whole, ensure_ascii=False))
+        self.refined()
+
+    def refined(self) -> dict[str, Any] | None:
+        """What merge.json says of the refinement once it is done, the refined shards in their places; None before."""
+        try:
+            whole = json.loads((self.records / "refinement.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        for file, digest in whole["digests"].items():
+            record = self.records / f"{file}.json"
+            known = json.loads(record.read_text(encoding="utf-8"))
+            if known["sha256"] != digest:
+                # Killed between these two, the next run finds the shard in its place and the record of the solved one.
+                with contextlib.suppress(FileNotFoundError):
+                    (self.refinement / file).replace(self.folder / file)
+                ledger = [{**line, "refined": whole["moved"].get(line["name"])} for line in known["ledger"]]
+                self.write_text(record, json.dumps({**known, "sha256": digest, "ledger": ledger}, ensure_ascii=False))
+        note: dict[str, Any] = whole["note"]
+        return note
 
     @staticmethod
     def write_text(path: Path, text: str) -> None:

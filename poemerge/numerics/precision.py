@@ -2,10 +2,22 @@
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
-__all__ = ["full_precision", "working_dtype"]
+__all__ = ["autocast", "full_precision", "multiplies_bfloat16", "working_dtype"]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively; elsewhere it is slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast() -> AbstractContextManager[Any]:
+    """A network's products in bfloat16 over float32 weights where this CPU multiplies it natively, else in float32."""
+    return torch.autocast("cpu", dtype=torch.bfloat16) if multiplies_bfloat16() else contextlib.nullcontext()
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

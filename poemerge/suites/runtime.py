@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from poemerge.errors import SuiteError
+from poemerge.numerics.precision import multiplies_bfloat16
 from poemerge.quiet import quiet_loading
 from poemerge.suites.protocol import Model
 
@@ -189,6 +190,6 @@ def choose_runtime(device: str, dtype: str, batch_size: int) -> Runtime:
 def _native_half(device: torch.device) -> str | None:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if device.type == "cpu" and multiplies_bfloat16():
         return "bfloat16"
     return None

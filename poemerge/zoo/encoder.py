@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from poemerge.numerics.precision import autocast
 from poemerge.zoo.tasks import Example
 
 __all__ = [
     "HEAD_SCALE",
     "Batch",
     "accuracy",
-    "autocast",
     "batches",
     "embed",
     "encode_texts",
@@ -40,12 +39,6 @@ def load_encoder(folder: Path) -> tuple[Any, Any]:
 
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def autocast() -> AbstractContextManager[Any]:
-    """bfloat16 autocast where this CPU multiplies bfloat16 natively (elsewhere it would be slower than float32)."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast("cpu", dtype=torch.bfloat16) if native else nullcontext()
 
 
 def embed(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

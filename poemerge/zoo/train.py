@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from safetensors.torch import load_file, save_file
 
-from poemerge.zoo.encoder import accuracy, autocast, batches, embed, encode_texts, load_encoder
+from poemerge.numerics.precision import autocast
+from poemerge.zoo.encoder import accuracy, batches, embed, encode_texts, load_encoder
 from poemerge.zoo.settings import ExpertPlan, Training
 from poemerge.zoo.splits import read_split
 

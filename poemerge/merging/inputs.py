@@ -1,0 +1,90 @@
+"""Random inputs for a network of which only the folder is known: tokens as frequent as words are, noise for images."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poemerge.quiet import quiet_loading
+
+__all__ = ["LENGTH", "RandomInputs"]
+
+LENGTH = 32
+"""Tokens of a text, special ones included."""
+
+_MARKS = re.compile("^(##|[Ġ▁ ])|</w>$")
+"""What tokenizers write on a token that starts, ends or goes on with a word."""
+
+_OFFSET = 6.0
+
+
+class RandomInputs:
+    """What the network in `folder` may be asked: texts of 32 tokens or, where `config` has an image_size, images.
+
+    A token is drawn by Zipf's law, p ∝ 1/(r + 6) for the word of rank r: tokenizers number words from the frequent to
+    the rare. Where there is no tokenizer, or few of its tokens are words, every token is as likely. Special tokens
+    stand where the tokenizer puts them, and nowhere else. Pixels are normal noise, as normalised images have.
+    """
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        self._shape: tuple[int, ...] | None = None
+        if hasattr(config, "image_size"):
+            size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
+            self._shape = (getattr(config, "num_channels", 3), *size)
+            return
+        tokenizer = _tokenizer(folder)
+        self._length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+        self._before, self._after = _special(tokenizer)
+        special = {config.pad_token_id} if tokenizer is None else set(tokenizer.all_special_ids)
+        self._chances = _chances(tokenizer, [one for one in range(config.vocab_size) if one not in special])
+
+    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """`count` inputs as the network's arguments: pixel_values, or input_ids and an attention_mask of ones."""
+        if self._shape is not None:
+            return {"pixel_values": torch.randn(count, *self._shape, generator=generator)}
+        inner = max(1, self._length - len(self._before) - len(self._after))
+        words = torch.multinomial(self._chances, count * inner, replacement=True, generator=generator)
+        edges = [torch.tensor(own, dtype=torch.long).expand(count, -1) for own in (self._before, self._after)]
+        tokens = torch.cat([edges[0], words.view(count, inner), edges[1]], dim=1)[:, : self._length]
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`; None where there is none that transformers can read."""
+    from transformers import AutoTokenizer
+
+    with quiet_loading(), contextlib.suppress(Exception):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return None
+
+
+def _special(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens before and after a text."""
+    if tokenizer is None:
+        return [], []
+    tokens = list(tokenizer("a")["input_ids"])
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}  # which may be all that is made of the "a"
+    inner = [place for place, token in enumerate(tokens) if token not in special]
+    return (tokens[: inner[0]], tokens[inner[-1] + 1 :]) if inner else ([], [])
+
+
+def _chances(tokenizer: Any, tokens: Sequence[int]) -> Tensor:
+    """The chances of all tokens up to the last of `tokens`, the only ones that may be drawn."""
+    chances = torch.zeros(tokens[-1] + 1)
+    texts = {} if tokenizer is None else {token: text for text, token in tokenizer.get_vocab().items()}
+    words = [token for token in tokens if _is_word(_MARKS.sub("", texts.get(token, "")))]
+    if 2 * len(words) < len(tokens):
+        chances[list(tokens)] = 1
+    else:
+        chances[words] = 1 / (torch.arange(len(words)) + _OFFSET)
+    return chances
+
+
+def _is_word(text: str) -> bool:
+    return len(text) > 1 and text.isalpha()

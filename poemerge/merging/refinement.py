@@ -1,0 +1,248 @@
+"""From the solved merge downhill on what it costs each expert's predictions: the energy that the solver expands.
+
+E_i(Θ) = E_x KL(p_i(·|x) ‖ p_Θ(·|x)) over random inputs x, and Σ_i E_i is the product's energy before anything is
+approximated: the solver's Kronecker precisions are its second derivatives where an expert lies, and the merge lies
+between them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poemerge.checkpoints import ExpertSet, ShardFile, model_config
+from poemerge.checkpoints.safetensors_file import FLOATS, SafetensorsFile
+from poemerge.merging.plan import Plan
+from poemerge.merging.predictor import Predictor
+from poemerge.merging.staging import Staging
+from poemerge.merging.stream import processors, single_threaded
+
+__all__ = ["refine", "why_not_refined"]
+
+log = logging.getLogger(__name__)
+
+_INPUTS = 8
+"""Inputs of an expert in a step."""
+
+_CHECKS = 16
+"""Batches of inputs that judge the outcome and are not used on the way."""
+
+_RATE = 0.008
+"""The first step of an entry, in parts of the root mean square of what the merge added to its tensor."""
+
+_LAST = 0.05
+"""Of the first step, the last."""
+
+_QUIET = 1e-3
+"""Gradients of less than this part of the root mean square of all are rounding: an attention's key biases have none."""
+
+_PANELS = 2
+"""The experts' gradients are added up in so many sums, whatever the number of processors: the digest is the same."""
+
+
+_ROOM = 9
+"""The weights as solved and refined, two panels' gradients, Adam's two averages, two models while they are asked, and
+activations take at most so many times the size of a model in float32."""
+
+
+def why_not_refined(experts: ExpertSet, plan: Plan, steps: int, not_measured: Mapping[str, str]) -> str | None:
+    """Why a merge stays as it is solved; None for one that is refined."""
+    size = sum(math.prod(experts.base.shape(name)) * 4 for name in experts.base.names())
+    if steps == 0:
+        return "off"
+    if not any(p.minded for p in plan.parameters):
+        return "no matrix is solved with the experts' sensitivities"
+    if not_measured:
+        name, reason = min(not_measured.items())
+        return f"{name} cannot be asked: {reason}"
+    if len(experts.experts) == 1:
+        return "one expert alone is its own best merge"
+    if {"image_size", "vision_config"} & set(model_config(experts.base.path)):
+        return "its inputs are images: whether noise judges their predictions well was never measured"
+    if size * _ROOM > plan.max_memory:
+        return f"it would take {size * _ROOM:,} bytes of merge.max_memory, which is {plan.max_memory:,}"
+    return None
+
+
+def refine(
+    experts: ExpertSet, plan: Plan, staging: Staging, steps: int, told: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Refine the merge whose shards all lie in `staging`, and put it into their place; returns what merge.json says.
+
+    Every linear layer, bias and norm that the merge changed takes `steps` steps of Adam down Σ_i KL(p_i ‖ p_Θ), in
+    float32 on the CPU, on 8 new random inputs of every expert at every step. Where other inputs say that nothing was
+    won, the merge stays as it was solved. `told(step)` is called after each step. Every expert must have a head.
+    """
+    weights = _weights(plan, staging)
+    movable = {p.name for p in plan.parameters if p.action != "left_at_base" and experts.rule(p.name) != "embedding"}
+    added = {name: weights[name] - experts.base.read(name).float() for name in sorted(movable & set(weights))}
+    reach = {name: float(delta.square().mean().sqrt()) for name, delta in added.items()}
+    del added
+    names = sorted(experts.experts)
+    with single_threaded(), ThreadPoolExecutor(min(processors(), _PANELS)) as pool:
+        parts = [names[first::_PANELS] for first in range(min(_PANELS, len(names)))]
+        panels = list(pool.map(lambda own: _Panel(experts, own, weights, steps), parts))
+        before = _merged(pool.map(_Panel.judge, panels))
+        solved = {name: weights[name].clone() for name in reach}
+        _descend(pool, panels, {name: size for name, size in reach.items() if size > 0}, steps, told)
+        after = _merged(pool.map(_Panel.judge, panels))
+    kept = sum(after.values()) < sum(before.values())
+    log.info("divergence from the experts' predictions: %.4f, refined %.4f", _mean(before), _mean(after))
+    moved = {name: _distance(weights[name], value, reach[name]) for name, value in solved.items() if kept}
+    moved = {name: distance for name, distance in moved.items() if distance > 0}
+    record = {
+        "steps": steps,
+        "kept": kept,
+        "divergence": {name: [round(before[name], 6), round(after[name], 6)] for name in names},
+    }
+    staging.record_refinement(_write(plan, staging, weights, set(moved)) if kept else {}, moved, record)
+    return record
+
+
+class _Panel:
+    """Some of the experts, asked: what each said as itself, and its network, which now holds the merged weights.
+
+    `parameters` share the memory of the merged `weights` and have gradients of their own.
+    """
+
+    def __init__(self, experts: ExpertSet, names: Sequence[str], weights: Mapping[str, Tensor], steps: int) -> None:
+        self.parameters = {name: torch.nn.Parameter(value, requires_grad=False) for name, value in weights.items()}
+        self._predictors: dict[str, Predictor] = {}
+        self._said: dict[str, list[Tensor]] = {}
+        with single_threaded(), torch.no_grad():
+            for name in names:
+                predictor = self._predictors[name] = Predictor(experts, name)
+                asked = islice(self._inputs(name), _CHECKS + steps)
+                self._said[name] = [self._says(name, inputs) for inputs in asked]
+                predictor.adopt(self.parameters)
+        self._asked = {name: islice(self._inputs(name), _CHECKS, None) for name in names}
+
+    def _inputs(self, name: str) -> Iterator[dict[str, Tensor]]:
+        """The same for the same expert whenever they are drawn."""
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        while True:
+            yield self._predictors[name].inputs.draw(_INPUTS, generator)
+
+    def _says(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """log p `[input, class]`."""
+        return torch.log_softmax(self._predictors[name].logits(inputs), -1)
+
+    def _divergence(self, name: str, inputs: Mapping[str, Tensor], said: Tensor) -> Tensor:
+        """KL(p_i ‖ p_Θ), the mean over the inputs."""
+        now = self._says(name, inputs)
+        return torch.nn.functional.kl_div(now, said, log_target=True, reduction="batchmean")
+
+    def judge(self) -> dict[str, float]:
+        """The divergence from every expert on the inputs that are used for nothing else."""
+        with single_threaded(), torch.no_grad():
+            return {
+                name: sum(
+                    float(self._divergence(name, inputs, one))
+                    for inputs, one in zip(islice(self._inputs(name), _CHECKS), said, strict=False)
+                )
+                / _CHECKS
+                for name, said in self._said.items()
+            }
+
+    def gradients(self, number: int) -> dict[str, Tensor]:
+        """Of the sum of its experts' divergences on the inputs of step `number`, by parameter."""
+        with single_threaded():
+            for name, asked in self._asked.items():
+                divergence = self._divergence(name, next(asked), self._said[name][_CHECKS + number])
+                torch.autograd.backward(divergence)
+        found = {name: one.grad for name, one in self.parameters.items() if one.grad is not None}
+        for name in found:
+            self.parameters[name].grad = None
+        return found
+
+
+def _descend(
+    pool: ThreadPoolExecutor,
+    panels: Sequence[_Panel],
+    reach: Mapping[str, float],
+    steps: int,
+    told: Callable[[int], None] | None,
+) -> None:
+    """Move the parameters that `reach` names, by steps in parts of it; the panels' networks all see them move."""
+    for panel in panels:
+        for name in reach:
+            panel.parameters[name].requires_grad_()
+    lead = panels[0].parameters
+    groups = [{"params": [lead[name]], "lr": _RATE * size} for name, size in reach.items()]
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, _LAST, steps)
+    for number in range(steps):
+        gradient = _summed(pool.map(_Panel.gradients, panels, [number] * len(panels)))
+        if number == 0:
+            for group in optimizer.param_groups:
+                group["eps"] = _QUIET * _root_mean_square(gradient.values())
+        for name, own in gradient.items():
+            lead[name].grad = own
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if told is not None:
+            told(number + 1)
+
+
+def _summed(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, own in part.items():
+            total[name] = total[name].add_(own) if name in total else own
+    return total
+
+
+def _root_mean_square(tensors: Collection[Tensor]) -> float:
+    return math.sqrt(sum(float(one.square().sum()) for one in tensors) / max(1, sum(one.numel() for one in tensors)))
+
+
+def _weights(plan: Plan, staging: Staging) -> dict[str, Tensor]:
+    """The merged weights in float32."""
+    found: dict[str, Tensor] = {}
+    for shard in plan.shards:
+        file = SafetensorsFile.open(staging.folder / shard.file)
+        try:
+            found |= {name: file.read(name).float() for name, dtype, _ in shard.tensors if dtype in FLOATS}
+        finally:
+            file.close()
+    return found
+
+
+def _write(plan: Plan, staging: Staging, weights: Mapping[str, Tensor], moved: set[str]) -> dict[str, str]:
+    """Write every shard anew beside the solved ones, with the weights that `moved`; their sha256 by file."""
+    digests = {}
+    for shard in plan.shards:
+        solved = SafetensorsFile.open(staging.folder / shard.file)
+        out = ShardFile(staging.refinement, shard)
+        try:
+            for name, dtype, _ in shard.tensors:
+                out.write(name, weights[name].to(dtype) if name in moved else solved.read(name))
+            digests[shard.file] = out.finish()
+        finally:
+            out.abandon()
+            solved.close()
+    return digests
+
+
+def _distance(refined: Tensor, solved: Tensor, reach: float) -> float:
+    """How far a parameter went, in parts of how far the solved merge had taken it."""
+    if not reach:
+        return 0.0
+    return float((refined - solved).square().mean().sqrt()) / reach
+
+
+def _merged(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)

@@ -1,0 +1,81 @@
+"""Random inputs: words as frequent as Zipf says, special tokens in their places, noise for images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, BertTokenizerFast
+
+from poemerge.merging.inputs import LENGTH, RandomInputs
+from tests.tiny import make_base
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def _words(count: int) -> list[str]:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return [letters[i // 26] + letters[i % 26] for i in range(count)]
+
+
+def _folder(path: Path, vocabulary: list[str]) -> Path:
+    path.mkdir()
+    (path / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    BertTokenizerFast(vocab=str(path / "vocab.txt")).save_pretrained(path)
+    return path
+
+
+def _config(size: int, **more: object) -> object:
+    return AutoConfig.for_model("bert", vocab_size=size, **more)
+
+
+def _drawn(folder: Path, config: object, count: int, seed: int = 0) -> torch.Tensor:
+    drawn = RandomInputs(folder, config).draw(count, torch.Generator().manual_seed(seed))
+    assert bool(drawn["attention_mask"].eq(1).all())
+    assert drawn["attention_mask"].shape == drawn["input_ids"].shape
+    return drawn["input_ids"]
+
+
+def test_words_come_by_zipfs_law_and_nothing_else_comes(tmp_path: Path) -> None:
+    odd = ["[unused0]", "x", "!", "##s", "7"]
+    words = [*_words(40), "##ing", "##ed"]
+    vocabulary = [*SPECIAL, *odd, *words]
+    tokens = _drawn(_folder(tmp_path / "t", vocabulary), _config(len(vocabulary)), 4000)
+    assert tokens.shape == (4000, LENGTH)
+    assert bool((tokens[:, 0] == 2).all())
+    assert bool((tokens[:, -1] == 3).all())
+    inner = tokens[:, 1:-1]
+    assert int(inner.min()) >= len(SPECIAL) + len(odd)
+    seen = torch.bincount(inner.flatten(), minlength=len(vocabulary))[len(SPECIAL) + len(odd) :].double()
+    expected = 1 / (torch.arange(len(words)).double() + 6)
+    torch.testing.assert_close(seen / seen.sum(), expected / expected.sum(), rtol=0.1, atol=0)
+
+
+def test_a_vocabulary_of_few_words_is_drawn_evenly(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")  # its words are w00 to w89
+    tokens = _drawn(base, AutoConfig.from_pretrained(base), 3000)[:, 1:-1]
+    seen = torch.bincount(tokens.flatten(), minlength=95).double()
+    assert seen[:5].sum() == 0
+    torch.testing.assert_close(seen[5:] / seen.sum(), torch.full((90,), 1 / 90).double(), rtol=0.15, atol=0)
+
+
+def test_without_a_tokenizer_all_but_the_padding_is_drawn(tmp_path: Path) -> None:
+    tokens = _drawn(tmp_path, _config(50, pad_token_id=7, max_position_embeddings=20), 500)
+    assert tokens.shape == (500, 20)
+    assert set(tokens.unique().tolist()) == set(range(50)) - {7}
+
+
+@pytest.mark.parametrize("size", [8, (8, 6)])
+def test_images_are_noise_of_their_size(tmp_path: Path, size: int | tuple[int, int]) -> None:
+    config = AutoConfig.for_model("vit", image_size=size, num_channels=2)
+    pixels = RandomInputs(tmp_path, config).draw(300, torch.Generator().manual_seed(0))["pixel_values"]
+    assert pixels.shape == (300, 2, 8, 8 if size == 8 else 6)
+    assert float(pixels.mean()) == pytest.approx(0, abs=0.03)
+    assert float(pixels.std()) == pytest.approx(1, abs=0.03)
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    one, again, other = (_drawn(tmp_path, _config(50), 4, seed) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)

@@ -1,0 +1,202 @@
+"""Refinement: the merge comes nearer to what its experts predict, never farther, and a killed one is whole again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from poemerge.checkpoints import ExpertSet
+from poemerge.merging import MergeResult, merge, refinement
+from poemerge.merging.predictor import Predictor
+from poemerge.merging.staging import Staging
+from poemerge.params import MergeParams
+from tests.tiny import make_base, make_full_expert, make_lora_expert
+
+NAMES = ("one", "two", "lora")
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    base = make_base(root / "base")
+    return {
+        "base": base,
+        "one": make_full_expert(base, root / "one", seed=1, size=0.08),
+        "two": make_full_expert(base, root / "two", seed=2, size=0.08),
+        "lora": make_lora_expert(base, root / "lora", seed=3, size=0.3),
+    }
+
+
+def _merge(models: dict[str, Path], out: Path, names: tuple[str, ...] = NAMES, **settings: Any) -> MergeResult:
+    params = MergeParams(**{"refinement_steps": STEPS, **settings})
+    return merge(models["base"], {name: models[name] for name in names}, out, params)
+
+
+def _divergence(models: dict[str, Path], merged: Path, name: str) -> float:
+    """KL(expert ‖ merged) on inputs that the refinement does not draw."""
+    experts = ExpertSet.open(models["base"], {name: models[name]})
+    predictor = Predictor(experts, name)
+    inputs = predictor.inputs.draw(200, torch.Generator().manual_seed(12345))
+    with torch.no_grad():
+        said = torch.log_softmax(predictor.logits(inputs), -1)
+        weights = load_file(merged / "model.safetensors")
+        predictor.adopt({own: torch.nn.Parameter(value) for own, value in weights.items()})
+        now = torch.log_softmax(predictor.logits(inputs), -1)
+    return float((said.exp() * (said - now)).sum(-1).mean())
+
+
+def test_the_merge_comes_nearer_to_what_the_experts_predict(models: dict[str, Path], tmp_path: Path) -> None:
+    solved = _merge(models, tmp_path / "solved", refinement_steps=0)
+    refined = _merge(models, tmp_path / "refined")
+    assert solved.record["refinement"] == {"steps": 0, "why": "off"}
+    note = refined.record["refinement"]
+    assert note["steps"] == STEPS
+    assert note["kept"] is True
+    before = {name: _divergence(models, tmp_path / "solved", name) for name in NAMES}
+    after = {name: _divergence(models, tmp_path / "refined", name) for name in NAMES}
+    assert sum(after.values()) < 0.9 * sum(before.values())
+    for name in NAMES:
+        assert note["divergence"][name] == pytest.approx([before[name], after[name]], rel=0.3)
+
+
+def test_what_moves_and_what_stays(models: dict[str, Path], tmp_path: Path) -> None:
+    _merge(models, tmp_path / "solved", refinement_steps=0)
+    _merge(models, tmp_path / "refined")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("solved", "refined"))
+    moved = {name for name in one if not torch.equal(one[name], other[name])}
+    assert "encoder.layer.0.attention.self.query.weight" in moved
+    assert "encoder.layer.1.output.LayerNorm.bias" in moved
+    assert not any("_embeddings" in name for name in moved)
+    assert not any("pooler" in name for name in moved)  # the heads do not read it
+    lines = [json.loads(line) for line in (tmp_path / "refined" / "ledger.jsonl").read_text().splitlines()]
+    told = {line["name"]: line["refined"] for line in lines if line["refined"]}
+    assert set(told) == moved
+    base = load_file(models["base"] / "model.safetensors")
+    for name, distance in told.items():
+        way = float((other[name] - one[name]).norm() / (one[name] - base[name]).norm())
+        assert distance == pytest.approx(way, rel=1e-3)
+        assert distance < STEPS * 0.01
+    # An attention's key biases change no prediction: what rounding says of them is not followed.
+    keys = [name for name in one if name.endswith("key.bias")]
+    assert all(told.get(name, 0.0) < 0.01 * told["encoder.layer.0.attention.self.query.bias"] for name in keys)
+
+
+def test_neither_processors_nor_order_have_a_say(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = _merge(models, tmp_path / "two").record["digest"]
+    monkeypatch.setattr(refinement, "processors", lambda: 1)
+    assert _merge(models, tmp_path / "one", names=NAMES[::-1]).record["digest"] == digest
+
+
+def test_what_wins_nothing_is_taken_back(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved = _merge(models, tmp_path / "solved", refinement_steps=0)
+    plain, calls = refinement._Panel.judge, []
+
+    def harsh(panel: Any) -> dict[str, float]:
+        calls.append(panel)
+        return {name: value * len(calls) ** 4 for name, value in plain(panel).items()}
+
+    monkeypatch.setattr(refinement._Panel, "judge", harsh)
+    again = _merge(models, tmp_path / "again")
+    assert again.record["refinement"]["kept"] is False
+    assert again.record["digest"] == solved.record["digest"]
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+def test_killed_on_the_way_down_only_the_way_down_is_gone_again(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str
+) -> None:
+    whole = _merge(models, tmp_path / "whole", max_shard_size=shards).record
+
+    def killed(_: int, __: int, what: str) -> None:
+        if what.startswith(f"refined by step {STEPS // 2} "):
+            raise _KilledError
+
+    params = MergeParams(refinement_steps=STEPS, max_shard_size=shards)
+    experts = {name: models[name] for name in NAMES}
+    with pytest.raises(_KilledError):
+        merge(models["base"], experts, tmp_path / "m", params, progress=killed)
+    assert not (tmp_path / "m").exists()
+    again = merge(models["base"], experts, tmp_path / "m", params)
+    assert again.resumed_shards == (1 if shards == "5GB" else len(list((tmp_path / "m").glob("*.safetensors"))))
+    assert again.record["digest"] == whole["digest"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_killed_while_refined_shards_take_their_places(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    whole = _merge(models, tmp_path / "whole", max_shard_size="40KB").record
+    plain, written = Staging.write_text, []
+
+    def failing(path: Path, text: str) -> None:
+        if path.parent.name.endswith(".records.partial") and (tmp_path / "armed").exists():
+            written.append(path)
+            if len(written) > after:
+                raise _KilledError
+        plain(path, text)
+
+    def told(_: int, __: int, what: str) -> None:
+        if what == f"refined by step {STEPS} of {STEPS}":
+            (tmp_path / "armed").touch()
+
+    monkeypatch.setattr(Staging, "write_text", staticmethod(failing))
+    params = MergeParams(refinement_steps=STEPS, max_shard_size="40KB")
+    experts = {name: models[name] for name in NAMES}
+    with pytest.raises(_KilledError):
+        merge(models["base"], experts, tmp_path / "m", params, progress=told)
+    (tmp_path / "armed").unlink()
+    again = merge(models["base"], experts, tmp_path / "m", params)
+    assert again.record["digest"] == whole["digest"]
+    assert again.record["refinement"] == whole["refinement"]
+    assert again.resumed_shards == len(list((tmp_path / "m").glob("*.safetensors")))
+    ledger, expected = ((tmp_path / name / "ledger.jsonl").read_text().splitlines() for name in ("m", "whole"))
+    assert [json.loads(line)["refined"] for line in ledger] == [json.loads(line)["refined"] for line in expected]
+
+
+def test_why_a_merge_is_not_refined(models: dict[str, Path], tmp_path: Path) -> None:
+    tensors = load_file(models["two"] / "model.safetensors")
+    del tensors["head.weight"]
+    (tmp_path / "bare").mkdir()
+    save_file(tensors, tmp_path / "bare" / "model.safetensors")
+    known = {**models, "bare": tmp_path / "bare"}
+    for names, settings, why in (
+        (("one",), {}, "one expert alone"),
+        (("one", "bare"), {}, "bare cannot be asked: it has no head of its own"),
+        (("one", "two"), {"side": "output"}, "no matrix is solved with"),
+        (("one", "two"), {"method": "mean"}, "no matrix is solved with"),
+        (("one", "two"), {"max_memory": "800KB"}, "it would take"),
+    ):
+        note = _merge(known, tmp_path / "m", names, **settings).record["refinement"]
+        assert note["steps"] == 0
+        assert why in note["why"]
+
+
+def test_a_vision_model_stays_as_it_is_solved(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes)).save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        moved = {own: value + 0.01 * torch.randn_like(value) for own, value in tensors.items()}
+        save_file({**moved, "head.weight": torch.randn(3, 16)}, tmp_path / name / "model.safetensors")
+    note = merge(
+        tmp_path / "base", {name: tmp_path / name for name in ("cats", "dogs")}, tmp_path / "m", MergeParams()
+    ).record["refinement"]
+    assert note["steps"] == 0
+    assert "images" in note["why"]
