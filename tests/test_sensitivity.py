@@ -223,12 +223,8 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(
 
 
 def test_the_merge_is_the_solver_with_what_was_measured(models: dict[str, Path], tmp_path: Path) -> None:
-    merge(
-        models["base"],
-        _experts(models, "one", "lora"),
-        tmp_path / "m",
-        MergeParams(coefficient=0.7, refinement_steps=0),
-    )
+    params = MergeParams(coefficient=0.7, refinement_steps=0)
+    merge(models["base"], _experts(models, "one", "lora"), tmp_path / "m", params)
     experts = ExpertSet.open(models["base"], _experts(models, "lora", "one"))
     gather(experts, {}, tmp_path / "s")
     factor = module.Sensitivities(tmp_path / "s").read(QUERY, ["lora", "one"], 32)
