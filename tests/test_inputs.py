@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, BertTokenizerFast
 
-from poemerge.merging.inputs import LENGTH, RandomInputs
+from poemerge.merging.inputs import RandomInputs
 from tests.tiny import make_base
 
+LENGTH = 32
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -31,7 +32,7 @@ def _config(size: int, **more: object) -> object:
 
 
 def _drawn(folder: Path, config: object, count: int, seed: int = 0) -> torch.Tensor:
-    drawn = RandomInputs(folder, config).draw(count, torch.Generator().manual_seed(seed))
+    drawn = RandomInputs(folder, config).draw(count, LENGTH, torch.Generator().manual_seed(seed))
     assert bool(drawn["attention_mask"].eq(1).all())
     assert drawn["attention_mask"].shape == drawn["input_ids"].shape
     return drawn["input_ids"]
@@ -69,7 +70,7 @@ def test_without_a_tokenizer_all_but_the_padding_is_drawn(tmp_path: Path) -> Non
 @pytest.mark.parametrize("size", [8, (8, 6)])
 def test_images_are_noise_of_their_size(tmp_path: Path, size: int | tuple[int, int]) -> None:
     config = AutoConfig.for_model("vit", image_size=size, num_channels=2)
-    pixels = RandomInputs(tmp_path, config).draw(300, torch.Generator().manual_seed(0))["pixel_values"]
+    pixels = RandomInputs(tmp_path, config).draw(300, LENGTH, torch.Generator().manual_seed(0))["pixel_values"]
     assert pixels.shape == (300, 2, 8, 8 if size == 8 else 6)
     assert float(pixels.mean()) == pytest.approx(0, abs=0.03)
     assert float(pixels.std()) == pytest.approx(1, abs=0.03)

@@ -65,7 +65,7 @@ def test_a_classifier_of_transformers_predicts_what_it_predicts(make: Any, tmp_p
     experts = ExpertSet.open(tmp_path / "base", {"expert": tmp_path / "expert"})
     assert why_not(experts, 1 << 30) == {}
     predictor = Predictor(experts, "expert")
-    inputs = predictor.inputs.draw(32, torch.Generator().manual_seed(4))
+    inputs = predictor.inputs.draw(32, 32, torch.Generator().manual_seed(4))
     found = predictor.logits(inputs)
     with torch.no_grad():
         expected = expert(**inputs).logits
@@ -88,7 +88,7 @@ def test_an_adapter_with_its_classifier_predicts_what_peft_makes_it_predict(tmp_
     adapted.save_pretrained(tmp_path / "adapter")
     experts = ExpertSet.open(base, {"adapter": tmp_path / "adapter"})
     predictor = Predictor(experts, "adapter")
-    inputs = predictor.inputs.draw(32, torch.Generator().manual_seed(4))
+    inputs = predictor.inputs.draw(32, 32, torch.Generator().manual_seed(4))
     found = predictor.logits(inputs)
     with torch.no_grad():
         expected = adapted(**inputs).logits

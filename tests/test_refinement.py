@@ -42,7 +42,7 @@ def _divergence(models: dict[str, Path], merged: Path, name: str) -> float:
     """KL(expert ‖ merged) on inputs that the refinement does not draw."""
     experts = ExpertSet.open(models["base"], {name: models[name]})
     predictor = Predictor(experts, name)
-    inputs = predictor.inputs.draw(200, torch.Generator().manual_seed(12345))
+    inputs = predictor.inputs.draw(200, 16, torch.Generator().manual_seed(12345))
     with torch.no_grad():
         said = torch.log_softmax(predictor.logits(inputs), -1)
         weights = load_file(merged / "model.safetensors")

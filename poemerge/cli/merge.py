@@ -75,7 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--refinement-steps",
         type=int,
         metavar="N",
-        help="once solved: steps down the divergence from all experts' predictions; default 48, 0 for none",
+        help="once solved: steps down the divergence from all experts' predictions; default 64, 0 for none",
     )
     parser.add_argument("--include", action="append", metavar="GLOB", help="parameters to merge; default: all")
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="parameters that stay at the base")

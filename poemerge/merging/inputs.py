@@ -13,10 +13,7 @@ from torch import Tensor
 
 from poemerge.quiet import quiet_loading
 
-__all__ = ["LENGTH", "RandomInputs"]
-
-LENGTH = 32
-"""Tokens of a text, special ones included."""
+__all__ = ["RandomInputs"]
 
 _MARKS = re.compile("^(##|[Ġ▁ ])|</w>$")
 """What tokenizers write on a token that starts, ends or goes on with a word."""
@@ -25,7 +22,7 @@ _OFFSET = 6.0
 
 
 class RandomInputs:
-    """What the network in `folder` may be asked: texts of 32 tokens or, where `config` has an image_size, images.
+    """What the network in `folder` may be asked: texts or, where `config` has an image_size, images.
 
     A token is drawn by Zipf's law, p ∝ 1/(r + 6) for the word of rank r: tokenizers number words from the frequent to
     the rare. Where there is no tokenizer, or few of its tokens are words, every token is as likely. Special tokens
@@ -39,19 +36,23 @@ class RandomInputs:
             self._shape = (getattr(config, "num_channels", 3), *size)
             return
         tokenizer = _tokenizer(folder)
-        self._length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+        self._longest: int | None = getattr(config, "max_position_embeddings", None)
         self._before, self._after = _special(tokenizer)
         special = {config.pad_token_id} if tokenizer is None else set(tokenizer.all_special_ids)
         self._chances = _chances(tokenizer, [one for one in range(config.vocab_size) if one not in special])
 
-    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """`count` inputs as the network's arguments: pixel_values, or input_ids and an attention_mask of ones."""
+    def draw(self, count: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """`count` inputs as the network's arguments: pixel_values, or input_ids and an attention_mask of ones.
+
+        A text has `length` tokens, special ones included, or as many as the network has positions.
+        """
         if self._shape is not None:
             return {"pixel_values": torch.randn(count, *self._shape, generator=generator)}
-        inner = max(1, self._length - len(self._before) - len(self._after))
+        length = min(length, self._longest or length)
+        inner = max(1, length - len(self._before) - len(self._after))
         words = torch.multinomial(self._chances, count * inner, replacement=True, generator=generator)
         edges = [torch.tensor(own, dtype=torch.long).expand(count, -1) for own in (self._before, self._after)]
-        tokens = torch.cat([edges[0], words.view(count, inner), edges[1]], dim=1)[:, : self._length]
+        tokens = torch.cat([edges[0], words.view(count, inner), edges[1]], dim=1)[:, :length]
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 

@@ -39,6 +39,7 @@ _VERSION = 3
 
 _INPUTS = 256
 _BATCH = 32
+_TOKENS = 32
 _WHOLE = 2048
 _SKETCH = 512
 """S is kept whole for a layer of at most so many outputs, else sketched by so many columns."""
@@ -184,7 +185,7 @@ def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
         hooks.append(embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_()))
         try:
             for _ in range(_INPUTS // _BATCH):
-                logits = predictor.logits(predictor.inputs.draw(_BATCH, generator))
+                logits = predictor.logits(predictor.inputs.draw(_BATCH, _TOKENS, generator))
                 torch.autograd.backward(logits, _fisher_draw(logits.detach(), generator))
         finally:
             for hook in hooks:
