@@ -286,6 +286,7 @@ def _line(p: ParameterPlan, entry: dict[str, Any], seconds: float) -> dict[str, 
         "energy": entry.get("energy", []),  # by step; left out for a stack of matrices
         "outcome": entry["outcome"],
         "seconds": round(seconds, 6),
+        "refined": None,  # how far the refinement took it, in parts of how far the merge had
     }
 
 

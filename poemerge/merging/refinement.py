@@ -25,13 +25,13 @@ from poemerge.merging.predictor import Predictor
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import processors, single_threaded
 
-__all__ = ["refine", "why_not_refined"]
+__all__ = ["refine", "refinement_flops", "refinement_memory", "why_not_refined"]
 
 log = logging.getLogger(__name__)
 
 _INPUTS = 16
 _TOKENS = 16
-"""Inputs of an expert in a step, and tokens of a text: of so few random words the mean still differs from text to text."""
+"""Inputs of an expert in a step, and tokens of a text: so few random words do not yet add up to the same each time."""
 
 _CHECKS = 8
 """Batches of inputs that judge the outcome and are not used on the way."""
@@ -56,7 +56,6 @@ activations take at most so many times the size of a model in float32."""
 
 def why_not_refined(experts: ExpertSet, plan: Plan, steps: int, not_measured: Mapping[str, str]) -> str | None:
     """Why a merge stays as it is solved; None for one that is refined."""
-    size = sum(math.prod(experts.base.shape(name)) * 4 for name in experts.base.names())
     if steps == 0:
         return "off"
     if not any(p.minded for p in plan.parameters):
@@ -68,9 +67,21 @@ def why_not_refined(experts: ExpertSet, plan: Plan, steps: int, not_measured: Ma
         return "one expert alone is its own best merge"
     if {"image_size", "vision_config"} & set(model_config(experts.base.path)):
         return "its inputs are images: whether noise judges their predictions well was never measured"
-    if size * _ROOM > plan.max_memory:
-        return f"it would take {size * _ROOM:,} bytes of merge.max_memory, which is {plan.max_memory:,}"
+    if (needed := refinement_memory(experts)) > plan.max_memory:
+        return f"it would take {needed:,} bytes of merge.max_memory, which is {plan.max_memory:,}"
     return None
+
+
+def refinement_memory(experts: ExpertSet) -> int:
+    """Bytes that refining takes at most."""
+    return _ROOM * sum(4 * math.prod(experts.base.shape(name)) for name in experts.base.names())
+
+
+def refinement_flops(experts: ExpertSet, plan: Plan, steps: int) -> float:
+    """Floating-point operations of refining: 2 a weight and token forward, 4 backward."""
+    weights = sum(p.entries for p in plan.parameters if p.minded)
+    passes = 6.0 * steps + 2.0 * (steps + 3 * _CHECKS) if steps else 0.0
+    return passes * weights * len(experts.experts) * _INPUTS * _TOKENS
 
 
 def refine(
