@@ -37,14 +37,15 @@ def merge(project: Project, params: Params) -> StageReport:
 
 
 class _Logger:
-    """Progress as a log line every few seconds."""
+    """Progress as a log line every few seconds, and one when all is written."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
+        self._whole = False
 
     def __call__(self, done: int, total: int, name: str) -> None:
-        if time.monotonic() - self._last >= _REPORT_SECONDS or done == total:
-            self._last = time.monotonic()
+        if time.monotonic() - self._last >= _REPORT_SECONDS or (done == total and not self._whole):
+            self._last, self._whole = time.monotonic(), done == total
             log.info("%.0f of %.0f MB written (%s)", done / 1e6, total / 1e6, name)
 
 
@@ -55,6 +56,8 @@ def _report(result: MergeResult, seconds: float) -> StageReport:
         f"{len(record['experts'])} experts by {record['method']}: {len(rules['merged'])} parameters merged, "
         f"{len(rules['averaged'])} averaged, {len(rules['left_at_base'])} left at the base, in {seconds:.1f} s"
     )
+    if (refinement := record["refinement"])["steps"]:
+        headline += ", refined" if refinement["kept"] else ", refined and left as it was, for nothing was won"
     rows: list[dict[str, Any]] = [
         {"outcome": outcome, "parameters": count} for outcome, count in record["outcomes"].items()
     ]

@@ -200,3 +200,31 @@ def test_a_vision_model_stays_as_it_is_solved(tmp_path: Path) -> None:
     ).record["refinement"]
     assert note["steps"] == 0
     assert "images" in note["why"]
+
+
+def test_stage_and_report_tell_of_it(models: dict[str, Path], tmp_path: Path) -> None:
+    from poemerge.report.provenance import _selected
+    from tasks.merge import _report
+
+    result = _merge(models, tmp_path / "m")
+    assert _report(result, 1.0).headline.endswith(", refined")
+    sentence = _selected(result.record).rpartition("Refined by ")[2]
+    assert sentence.startswith(
+        f"{STEPS} steps: the mean divergence from the experts' predictions on random texts fell from"
+    )
+    plain = _merge(models, tmp_path / "plain", refinement_steps=0)
+    assert "refined" not in _report(plain, 1.0).headline
+    assert "Refined" not in _selected(plain.record)
+
+
+def test_the_command_tells_of_it(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from poemerge.cli.main import main
+
+    command = ["merge", "--base", str(models["base"]), "--out", str(tmp_path / "m"), "--refinement-steps", "6"]
+    command += [part for name in NAMES for part in ("--expert", f"{name}={models[name]}")]
+    assert main([*command, "--dry-run"]) == 0
+    assert "refines the merge by 6 steps" in capsys.readouterr().out
+    assert main([*command, "--dry-run", "--json", "--max-memory", "800KB"]) == 0
+    assert "it would take" in json.loads(capsys.readouterr().out)["refinement"]["why"]
+    assert main(command) == 0
+    assert "predictions in 6 steps: 0." in capsys.readouterr().out

@@ -51,6 +51,11 @@ def _selected(merge: Mapping[str, Any]) -> str:
         text += f" Experts: {family_name(model['family'])}{nu}, {side}, scale {settings.get('scale')} × "
         text += f"{settings.get('scale_factor')}, prior {settings.get('prior')} {settings.get('prior_precision')}, "
         text += f"{length}."
+    refinement = merge.get("refinement", {})
+    if refinement.get("kept"):
+        before, after = (sum(column) / len(column) for column in zip(*refinement["divergence"].values(), strict=True))
+        text += f" Refined by {refinement['steps']} steps: the mean divergence from the experts' predictions on random "
+        text += f"texts fell from {before:.3f} to {after:.3f}."
     return text
 
 
