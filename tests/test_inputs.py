@@ -31,8 +31,8 @@ def _config(size: int, **more: object) -> object:
     return AutoConfig.for_model("bert", vocab_size=size, **more)
 
 
-def _drawn(folder: Path, config: object, count: int, seed: int = 0) -> torch.Tensor:
-    drawn = RandomInputs(folder, config).draw(count, LENGTH, torch.Generator().manual_seed(seed))
+def _drawn(folder: Path, config: object, count: int, seed: int = 0, moved: torch.Tensor | None = None) -> torch.Tensor:
+    drawn = RandomInputs(folder, config, moved).draw(count, LENGTH, torch.Generator().manual_seed(seed))
     assert bool(drawn["attention_mask"].eq(1).all())
     assert drawn["attention_mask"].shape == drawn["input_ids"].shape
     return drawn["input_ids"]
@@ -51,6 +51,20 @@ def test_words_come_by_zipfs_law_and_nothing_else_comes(tmp_path: Path) -> None:
     seen = torch.bincount(inner.flatten(), minlength=len(vocabulary))[len(SPECIAL) + len(odd) :].double()
     expected = 1 / (torch.arange(len(words)).double() + 6)
     torch.testing.assert_close(seen / seen.sum(), expected / expected.sum(), rtol=0.1, atol=0)
+
+
+def test_what_an_expert_did_to_its_embeddings_says_what_it_met(tmp_path: Path) -> None:
+    vocabulary = [*SPECIAL, "!", *_words(40)]
+    moved = torch.zeros(len(vocabulary))
+    moved[[2, 5, 6, 20, 40]] = torch.tensor([9.0, 2.0, 2.0, 1.0, 3.0])  # [CLS], "!", and words of ranks 0, 14 and 34
+    folder, config = _folder(tmp_path / "t", vocabulary), _config(len(vocabulary))
+    inner = _drawn(folder, config, 4000, moved=moved)[:, 1:-1]
+    seen = torch.bincount(inner.flatten(), minlength=len(vocabulary)).double()
+    assert set(inner.unique().tolist()) == {5, 6, 20, 40}
+    expected = torch.tensor([4 / 6**0.5, 4 / 6**0.5, 1 / 20**0.5, 9 / 40**0.5]).double()
+    torch.testing.assert_close(seen[[5, 6, 20, 40]] / seen.sum(), expected / expected.sum(), rtol=0.05, atol=0)
+    still = torch.zeros(len(vocabulary))
+    assert torch.equal(_drawn(folder, config, 5, moved=still), _drawn(folder, config, 5))
 
 
 def test_a_vocabulary_of_few_words_is_drawn_evenly(tmp_path: Path) -> None:

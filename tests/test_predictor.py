@@ -116,3 +116,16 @@ def test_what_counts_as_a_head(name: str) -> None:
 @pytest.mark.parametrize("names", [["lm_head.weight"], ["classifier.bias"], []])
 def test_what_is_no_head(names: list[str]) -> None:
     assert not predicts(names)
+
+
+def test_inputs_are_of_the_tokens_that_an_expert_met(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    one = make_full_expert(base, tmp_path / "one", seed=1)
+    tensors, old = load_file(one / "model.safetensors"), load_file(base / "model.safetensors")
+    name = "embeddings.word_embeddings.weight"
+    tensors[name] = old[name].clone()
+    tensors[name][[30, 31, 32]] += 0.1
+    save_file(tensors, one / "model.safetensors", metadata={"format": "pt"})
+    predictor = Predictor(ExpertSet.open(base, {"one": one}), "one")
+    drawn = predictor.inputs.draw(50, 10, torch.Generator().manual_seed(0))["input_ids"]
+    assert set(drawn[:, 1:-1].unique().tolist()) == {30, 31, 32}

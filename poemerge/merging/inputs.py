@@ -24,12 +24,14 @@ _OFFSET = 6.0
 class RandomInputs:
     """What the network in `folder` may be asked: texts or, where `config` has an image_size, images.
 
-    A token is drawn by Zipf's law, p ∝ 1/(r + 6) for the word of rank r: tokenizers number words from the frequent to
-    the rare. Where there is no tokenizer, or few of its tokens are words, every token is as likely. Special tokens
-    stand where the tokenizer puts them, and nowhere else. Pixels are normal noise, as normalised images have.
+    A token is drawn by Zipf's law, p ∝ f = 1/(r + 6) for the word of rank r: tokenizers number words from the frequent
+    to the rare. An expert that was trained with its embeddings has left in them which tokens it met: given how far it
+    moved each, ‖δ‖, what is drawn is p ∝ ‖δ‖²√f, and tokens that are no words count as words of the first rank. Where
+    there is no tokenizer, or few of its tokens are words, f is the same for every token. Special tokens stand where the
+    tokenizer puts them, and nowhere else. Pixels are normal noise, as normalised images have.
     """
 
-    def __init__(self, folder: Path, config: Any) -> None:
+    def __init__(self, folder: Path, config: Any, moved: Tensor | None = None) -> None:
         self._shape: tuple[int, ...] | None = None
         if hasattr(config, "image_size"):
             size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
@@ -39,7 +41,10 @@ class RandomInputs:
         self._longest: int | None = getattr(config, "max_position_embeddings", None)
         self._before, self._after = _special(tokenizer)
         special = {config.pad_token_id} if tokenizer is None else set(tokenizer.all_special_ids)
-        self._chances = _chances(tokenizer, [one for one in range(config.vocab_size) if one not in special])
+        tokens = [one for one in range(config.vocab_size) if one not in special]
+        self._chances = _frequencies(tokenizer, tokens)
+        if moved is not None and bool(moved[tokens].any()):
+            self._chances = _met(self._chances, moved, tokens)
 
     def draw(self, count: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
         """`count` inputs as the network's arguments: pixel_values, or input_ids and an attention_mask of ones.
@@ -75,8 +80,8 @@ def _special(tokenizer: Any) -> tuple[list[int], list[int]]:
     return (tokens[: inner[0]], tokens[inner[-1] + 1 :]) if inner else ([], [])
 
 
-def _chances(tokenizer: Any, tokens: Sequence[int]) -> Tensor:
-    """The chances of all tokens up to the last of `tokens`, the only ones that may be drawn."""
+def _frequencies(tokenizer: Any, tokens: Sequence[int]) -> Tensor:
+    """f of all tokens up to the last of `tokens`, the only ones that may be drawn."""
     chances = torch.zeros(tokens[-1] + 1)
     texts = {} if tokenizer is None else {token: text for text, token in tokenizer.get_vocab().items()}
     words = [token for token in tokens if _is_word(_MARKS.sub("", texts.get(token, "")))]
@@ -84,6 +89,13 @@ def _chances(tokenizer: Any, tokens: Sequence[int]) -> Tensor:
         chances[list(tokens)] = 1
     else:
         chances[words] = 1 / (torch.arange(len(words)) + _OFFSET)
+    return chances
+
+
+def _met(frequencies: Tensor, moved: Tensor, tokens: Sequence[int]) -> Tensor:
+    chances = torch.zeros_like(frequencies)
+    own = frequencies[tokens]
+    chances[tokens] = torch.where(own > 0, own, own.max()).sqrt() * (moved[tokens] / moved[tokens].max()).square()
     return chances
 
 

@@ -45,13 +45,22 @@ class Predictor:
         self.bias = private.get("head.bias")
         with _loading:
             self.model = _encoder(experts) if self.head is not None else _classifier(experts, name, private)
-            self.inputs = RandomInputs(experts.base.path, self.model.config)
+            self.inputs = RandomInputs(experts.base.path, self.model.config, self._tokens_moved(name))
         self.model.eval().requires_grad_(False)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for own, theirs in self._names():
                 if name in experts.touching(own):
                     parameters[theirs].add_(experts.delta(name, own))
+
+    def _tokens_moved(self, name: str) -> Tensor | None:
+        """‖δ‖ `[token]` of what the expert did to the embeddings of its inputs; None where it left them alone."""
+        table = getattr(self.model.get_input_embeddings(), "weight", None)
+        for own, theirs in self._names():
+            if self.model.get_parameter(theirs) is table and name in self.experts.touching(own):
+                distances: Tensor = torch.linalg.vector_norm(self.experts.delta(name, own).flatten(1), dim=1)
+                return distances
+        return None
 
     def linear_layers(self) -> Iterator[tuple[str, torch.nn.Module]]:
         """The base's name of the weight, and the layer, for every linear layer that is merged as a matrix."""
