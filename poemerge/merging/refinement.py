@@ -25,7 +25,7 @@ from poemerge.merging.predictor import Predictor
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import processors, single_threaded
 
-__all__ = ["refine", "refinement_flops", "refinement_memory", "why_not_refined"]
+__all__ = ["mean_divergence", "refine", "refinement_flops", "refinement_memory", "why_not_refined"]
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +95,10 @@ def refine(
     """
     weights = _weights(plan, staging)
     movable = {p.name for p in plan.parameters if p.action != "left_at_base" and experts.rule(p.name) != "embedding"}
-    added = {name: weights[name] - experts.base.read(name).float() for name in sorted(movable & set(weights))}
-    reach = {name: float(delta.square().mean().sqrt()) for name, delta in added.items()}
-    del added
+    reach = {
+        name: float((weights[name] - experts.base.read(name).float()).square().mean().sqrt())
+        for name in sorted(movable & set(weights))
+    }
     names = sorted(experts.experts)
     with single_threaded(), ThreadPoolExecutor(min(processors(), _PANELS)) as pool:
         parts = [names[first::_PANELS] for first in range(min(_PANELS, len(names)))]
@@ -107,7 +108,6 @@ def refine(
         _descend(pool, panels, {name: size for name, size in reach.items() if size > 0}, steps, told)
         after = _merged(pool.map(_Panel.judge, panels))
     kept = sum(after.values()) < sum(before.values())
-    log.info("divergence from the experts' predictions: %.4f, refined %.4f", _mean(before), _mean(after))
     moved = {name: _distance(weights[name], value, reach[name]) for name, value in solved.items() if kept}
     moved = {name: distance for name, distance in moved.items() if distance > 0}
     record = {
@@ -115,8 +115,15 @@ def refine(
         "kept": kept,
         "divergence": {name: [round(before[name], 6), round(after[name], 6)] for name in names},
     }
+    log.info("divergence from the experts' predictions: %.4f, refined %.4f", *mean_divergence(record))
     staging.record_refinement(_write(plan, staging, weights, set(moved)) if kept else {}, moved, record)
     return record
+
+
+def mean_divergence(note: Mapping[str, Any]) -> tuple[float, float]:
+    """Over the experts, before and after, of a refinement that was made; `note` is what merge.json says of it."""
+    before, after = zip(*note["divergence"].values(), strict=True)
+    return sum(before) / len(before), sum(after) / len(after)
 
 
 class _Panel:
@@ -254,7 +261,3 @@ def _distance(refined: Tensor, solved: Tensor, reach: float) -> float:
 
 def _merged(parts: Iterable[dict[str, float]]) -> dict[str, float]:
     return {name: value for part in parts for name, value in part.items()}
-
-
-def _mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from poemerge.merging.refinement import mean_divergence
 from poemerge.project import STAGES, Project
 from poemerge.provenance import code_of, file_sha256
 from poemerge.report.html import Safe, Section, details, esc, paragraph, subheading, table
@@ -53,7 +54,7 @@ def _selected(merge: Mapping[str, Any]) -> str:
         text += f"{length}."
     refinement = merge.get("refinement", {})
     if refinement.get("kept"):
-        before, after = (sum(column) / len(column) for column in zip(*refinement["divergence"].values(), strict=True))
+        before, after = mean_divergence(refinement)
         text += f" Refined by {refinement['steps']} steps: the mean divergence from the experts' predictions on random "
         text += f"texts fell from {before:.3f} to {after:.3f}."
     return text
