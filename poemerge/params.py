@@ -152,7 +152,7 @@ class MergeParams(Section):
     prior_precision: float = Field(default=1e-2, ge=0)
     coefficient: float | None = None
     sensitivity: Literal["auto", "off"] = "auto"
-    refinement_steps: int = Field(default=64, ge=0)
+    refinement_steps: int = Field(default=96, ge=0)
     max_steps: int = Field(default=50, ge=1)
     rtol: float = Field(default=3e-3, gt=0, lt=1)
     include: tuple[str, ...] = ("*",)

@@ -73,13 +73,18 @@ class Predictor:
 
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """`[input, class]`, as the expert's head reads what the network makes of `inputs`."""
+        return self.answers(inputs)[0]
+
+    def answers(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Logits `[input, class]`, and what the head reads, `[input, hidden]`: None for a classifier of transformers'
+        own. Both float32."""
         out = self.model(**inputs)
         if self.head is None:
-            logits: Tensor = out.logits
-            return logits
+            return out.logits.float(), None
         bias = None if self.bias is None else self.bias.float()
+        read = _pooled(out, "pixel_values" in inputs)
         with full_precision():
-            return torch.nn.functional.linear(_pooled(out, "pixel_values" in inputs), self.head.float(), bias)
+            return torch.nn.functional.linear(read, self.head.float(), bias), read
 
     def adopt(self, parameters: Mapping[str, torch.nn.Parameter]) -> set[str]:
         """Take `parameters`, by the base's names, for the network's own: the same objects. The expert's head stays.
