@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from poemerge.checkpoints import ExpertSet
 from poemerge.merging import MergeResult, merge, refinement
@@ -38,17 +39,28 @@ def _merge(models: dict[str, Path], out: Path, names: tuple[str, ...] = NAMES, *
     return merge(models["base"], {name: models[name] for name in names}, out, params)
 
 
-def _divergence(models: dict[str, Path], merged: Path, name: str) -> float:
-    """KL(expert ‖ merged) on inputs that the refinement does not draw."""
-    experts = ExpertSet.open(models["base"], {name: models[name]})
-    predictor = Predictor(experts, name)
+def _answers(models: dict[str, Path], merged: Path, name: str) -> tuple[tuple[Tensor, Any], tuple[Tensor, Any]]:
+    """Logits and readings of an expert, and of the merge under its head, on inputs of their own."""
+    predictor = Predictor(ExpertSet.open(models["base"], {name: models[name]}), name)
     inputs = predictor.inputs.draw(200, 16, torch.Generator().manual_seed(12345))
     with torch.no_grad():
-        said = torch.log_softmax(predictor.logits(inputs), -1)
+        own = predictor.answers(inputs)
         weights = load_file(merged / "model.safetensors")
-        predictor.adopt({own: torch.nn.Parameter(value) for own, value in weights.items()})
-        now = torch.log_softmax(predictor.logits(inputs), -1)
-    return float((said.exp() * (said - now)).sum(-1).mean())
+        predictor.adopt({each: torch.nn.Parameter(value) for each, value in weights.items()})
+        return own, predictor.answers(inputs)
+
+
+def _divergence(models: dict[str, Path], merged: Path, name: str) -> float:
+    """KL(expert ‖ merged)."""
+    (own, _), (now, _) = _answers(models, merged, name)
+    said = torch.log_softmax(own, -1)
+    return float((said.exp() * (said - torch.log_softmax(now, -1))).sum(-1).mean())
+
+
+def _distance(models: dict[str, Path], merged: Path, name: str) -> float:
+    """Mean ‖h_i − h_Θ‖² of what the expert's head reads."""
+    (_, own), (_, now) = _answers(models, merged, name)
+    return float((own - now).square().sum(-1).mean())
 
 
 def test_the_merge_comes_nearer_to_what_the_experts_predict(models: dict[str, Path], tmp_path: Path) -> None:
@@ -63,6 +75,17 @@ def test_the_merge_comes_nearer_to_what_the_experts_predict(models: dict[str, Pa
     assert sum(after.values()) < 0.9 * sum(before.values())
     for name in NAMES:
         assert note["divergence"][name] == pytest.approx([before[name], after[name]], rel=0.3)
+
+
+def test_what_the_heads_read_counts_beside_what_they_say(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distance = {}
+    for weight in (0.0, 1.0):
+        monkeypatch.setattr(refinement, "_READING", weight)
+        _merge(models, tmp_path / str(weight))
+        distance[weight] = sum(_distance(models, tmp_path / str(weight), name) for name in NAMES)
+    assert distance[1.0] < 0.95 * distance[0.0]
 
 
 def test_what_moves_and_what_stays(models: dict[str, Path], tmp_path: Path) -> None:
