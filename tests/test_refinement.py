@@ -39,27 +39,27 @@ def _merge(models: dict[str, Path], out: Path, names: tuple[str, ...] = NAMES, *
     return merge(models["base"], {name: models[name] for name in names}, out, params)
 
 
-def _answers(models: dict[str, Path], merged: Path, name: str) -> tuple[tuple[Tensor, Any], tuple[Tensor, Any]]:
-    """Logits and readings of an expert, and of the merge under its head, on inputs of their own."""
+def _readings(models: dict[str, Path], merged: Path, name: str) -> tuple[Predictor, Tensor, Tensor]:
+    """What an expert's head reads of the expert, and of the merge, on inputs that the refinement does not draw."""
     predictor = Predictor(ExpertSet.open(models["base"], {name: models[name]}), name)
     inputs = predictor.inputs.draw(200, 16, torch.Generator().manual_seed(12345))
     with torch.no_grad():
-        own = predictor.answers(inputs)
+        own = predictor.reading(inputs)
         weights = load_file(merged / "model.safetensors")
         predictor.adopt({each: torch.nn.Parameter(value) for each, value in weights.items()})
-        return own, predictor.answers(inputs)
+        return predictor, own, predictor.reading(inputs)
 
 
 def _divergence(models: dict[str, Path], merged: Path, name: str) -> float:
     """KL(expert ‖ merged)."""
-    (own, _), (now, _) = _answers(models, merged, name)
-    said = torch.log_softmax(own, -1)
-    return float((said.exp() * (said - torch.log_softmax(now, -1))).sum(-1).mean())
+    predictor, *readings = _readings(models, merged, name)
+    said, now = (torch.log_softmax(predictor.under_head(one), -1) for one in readings)
+    return float((said.exp() * (said - now)).sum(-1).mean())
 
 
 def _distance(models: dict[str, Path], merged: Path, name: str) -> float:
     """Mean ‖h_i − h_Θ‖² of what the expert's head reads."""
-    (_, own), (_, now) = _answers(models, merged, name)
+    _, own, now = _readings(models, merged, name)
     return float((own - now).square().sum(-1).mean())
 
 

@@ -20,6 +20,9 @@ __all__ = ["Predictor", "predicts"]
 _CLASSIFIERS = ("classifier", "score")
 """What transformers calls the classifier of its own task models."""
 
+_ATTENTION = "eager"
+"""Written out: torch's fused attention takes half of all the time to go back through texts as short as these."""
+
 _loading = threading.Lock()
 """transformers changes settings of the whole process while it loads a model."""
 
@@ -72,19 +75,20 @@ class Predictor:
                 yield name, module
 
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """`[input, class]`, as the expert's head reads what the network makes of `inputs`."""
-        return self.answers(inputs)[0]
+        """`[input, class]` float32, as the expert's head reads what the network makes of `inputs`."""
+        return self.under_head(self.reading(inputs)) if self.head is not None else self.model(**inputs).logits.float()
 
-    def answers(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Logits `[input, class]`, and what the head reads, `[input, hidden]`: None for a classifier of transformers'
-        own. Both float32."""
-        out = self.model(**inputs)
-        if self.head is None:
-            return out.logits.float(), None
-        bias = None if self.bias is None else self.bias.float()
-        read = _pooled(out, "pixel_values" in inputs)
+    def reading(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """`[input, hidden]` float32, what a head of its own reads of `inputs`: the same for every expert's head."""
+        return _pooled(self.model(**inputs), "pixel_values" in inputs)
+
+    def under_head(self, reading: Tensor) -> Tensor:
+        """`[input, class]` float32, what the expert's own head makes of a `reading`."""
+        assert self.head is not None
         with full_precision():
-            return torch.nn.functional.linear(read, self.head.float(), bias), read
+            return torch.nn.functional.linear(
+                reading, self.head.float(), None if self.bias is None else self.bias.float()
+            )
 
     def adopt(self, parameters: Mapping[str, torch.nn.Parameter]) -> set[str]:
         """Take `parameters`, by the base's names, for the network's own: the same objects. The expert's head stays.
@@ -128,7 +132,12 @@ def _encoder(experts: ExpertSet) -> Any:
         config, kind = CLIPVisionConfig.from_pretrained(folder, projection_dim=width), CLIPVisionModelWithProjection
     with quiet_loading():
         return kind.from_pretrained(
-            folder, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=_ATTENTION,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
 
 
@@ -148,6 +157,7 @@ def _classifier(experts: ExpertSet, name: str, private: dict[str, Tensor]) -> An
             folder,
             config=config,
             dtype=torch.float32,
+            attn_implementation=_ATTENTION,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,

@@ -13,6 +13,7 @@ import math
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -131,6 +132,27 @@ def mean_divergence(note: Mapping[str, Any]) -> tuple[float, float]:
     return sum(before) / len(before), sum(after) / len(after)
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """log p `[input, class]`, and what a head of our own read, `[input, hidden]`; float32."""
+
+    said: Tensor
+    read: Tensor | None
+
+
+def _divergence(expert: _Answer, merged: _Answer) -> Tensor:
+    """KL(p_i ‖ p_Θ), the mean over the inputs."""
+    return torch.nn.functional.kl_div(merged.said, expert.said, log_target=True, reduction="batchmean")
+
+
+def _energy(expert: _Answer, merged: _Answer) -> Tensor:
+    """E_i: the divergence, and β times the squared distance of the readings."""
+    divergence = _divergence(expert, merged)
+    if expert.read is None or merged.read is None:
+        return divergence
+    return divergence + _READING * (merged.read - expert.read).square().sum(-1).mean()
+
+
 class _Panel:
     """Some of the experts, asked: what each said as itself, and its network, which now holds the merged weights.
 
@@ -140,12 +162,12 @@ class _Panel:
     def __init__(self, experts: ExpertSet, names: Sequence[str], weights: Mapping[str, Tensor], steps: int) -> None:
         self.parameters = {name: torch.nn.Parameter(value, requires_grad=False) for name, value in weights.items()}
         self._predictors: dict[str, Predictor] = {}
-        self._said: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+        self._said: dict[str, list[_Answer]] = {}
         with single_threaded(), torch.no_grad():
             for name in names:
                 predictor = self._predictors[name] = Predictor(experts, name)
                 asked = islice(self._inputs(name), _CHECKS + steps)
-                self._said[name] = [self._says(name, inputs) for inputs in asked]
+                self._said[name] = [self._answer(name, inputs) for inputs in asked]
                 predictor.adopt(self.parameters)
         self._asked = {name: islice(self._inputs(name), _CHECKS, None) for name in names}
 
@@ -155,29 +177,19 @@ class _Panel:
         while True:
             yield self._predictors[name].inputs.draw(_INPUTS, _TOKENS, generator)
 
-    def _says(self, name: str, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """log p `[input, class]`, and what the head reads where that is known; float32."""
+    def _answer(self, name: str, inputs: Mapping[str, Tensor]) -> _Answer:
+        predictor = self._predictors[name]
         with autocast():
-            logits, read = self._predictors[name].answers(inputs)
-            return torch.log_softmax(logits, -1), read
-
-    def _misfit(
-        self, name: str, inputs: Mapping[str, Tensor], said: tuple[Tensor, Tensor | None], reading: float
-    ) -> Tensor:
-        """KL(p_i ‖ p_Θ) + `reading`·‖h_i − h_Θ‖², the mean over the inputs."""
-        now, read = self._says(name, inputs)
-        before, had = said
-        misfit = torch.nn.functional.kl_div(now, before, log_target=True, reduction="batchmean")
-        if reading and read is not None and had is not None:
-            misfit = misfit + reading * (read - had).square().sum(-1).mean()
-        return misfit
+            read = None if predictor.head is None else predictor.reading(inputs)
+            logits = predictor.logits(inputs) if read is None else predictor.under_head(read)
+            return _Answer(torch.log_softmax(logits, -1), read)
 
     def judge(self) -> dict[str, float]:
         """The divergence from every expert on the inputs that are used for nothing else."""
         with single_threaded(), torch.no_grad():
             return {
                 name: sum(
-                    float(self._misfit(name, inputs, one, 0.0))
+                    float(_divergence(one, self._answer(name, inputs)))
                     for inputs, one in zip(islice(self._inputs(name), _CHECKS), said, strict=False)
                 )
                 / _CHECKS
@@ -188,8 +200,8 @@ class _Panel:
         """Of the sum of its experts' energies on the inputs of step `number`, by parameter."""
         with single_threaded():
             for name, asked in self._asked.items():
-                misfit = self._misfit(name, next(asked), self._said[name][_CHECKS + number], _READING)
-                torch.autograd.backward(misfit)
+                energy = _energy(self._said[name][_CHECKS + number], self._answer(name, next(asked)))
+                torch.autograd.backward(energy)
         found = {name: one.grad for name, one in self.parameters.items() if one.grad is not None}
         for name in found:
             self.parameters[name].grad = None

@@ -34,7 +34,7 @@ __all__ = ["Sensitivities", "columns", "gather", "measure", "why_not"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 4
+_VERSION = 5
 """Raised when the measurement changes: what is kept of earlier ones is then measured again."""
 
 _INPUTS = 256
