@@ -14,7 +14,7 @@ from torch import Tensor
 import poemerge
 from poemerge.checkpoints import ExpertSet
 from poemerge.errors import BadInputError, CheckpointError
-from poemerge.merging import merge
+from poemerge.merging import merge, prepare
 from poemerge.merging import sensitivity as module
 from poemerge.merging.sensitivity import gather, measure, why_not
 from poemerge.numerics.breadth import breadth
@@ -167,7 +167,14 @@ def test_a_merge_measures_once_and_says_so(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POEMERGE_CACHE", str(tmp_path / "cache"))
+
+    def flops(*names: str) -> float:
+        _, experts, plan = prepare(models["base"], _experts(models, *names), MergeParams())
+        return module.measuring_flops(experts, plan)
+
+    assert flops("one", "lora") == 2 * flops("one") > 0
     result = merge(models["base"], _experts(models, "one", "lora"), tmp_path / "m", MergeParams())
+    assert flops("one", "lora") == 0
     assert {one["sensitivity"] for one in result.record["experts"].values()} == {"measured"}
     assert len(list((tmp_path / "cache" / "sensitivity").glob("*.safetensors"))) == 2
     monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured again"))

@@ -11,6 +11,7 @@ import torch
 from poemerge.checkpoints import ExpertSet
 from poemerge.merging.plan import Plan
 from poemerge.merging.refinement import refinement_flops, refinement_memory
+from poemerge.merging.sensitivity import measuring_flops
 from poemerge.merging.stream import processors, single_threaded
 
 __all__ = ["Cost", "estimate"]
@@ -33,14 +34,15 @@ class Cost:
 
 
 def estimate(experts: ExpertSet, plan: Plan, refinement_steps: int = 0) -> Cost:
-    """Cost of `plan`: reading, solving and writing overlap, so the longest of them counts, and refining comes after.
+    """Cost of `plan`: reading, solving and writing overlap, so the longest of them counts; measuring experts that no
+    earlier merge has measured comes before, and refining after.
 
     Takes about a tenth of a second: a piece of the base is read, and one product of matrices timed.
     """
     read = _read_rate(experts)
     flops = _flop_rate() * processors()
     seconds = max(plan.bytes_read / read, plan.flops / flops, plan.bytes_written / _WRITE_RATE)
-    seconds += refinement_flops(experts, plan, refinement_steps) / flops
+    seconds += (measuring_flops(experts, plan) + refinement_flops(experts, plan, refinement_steps)) / flops
     under_way = min(plan.max_memory, sum(unit.memory for units in plan.order for unit in units))
     refining = refinement_memory(experts) if refinement_steps else 0
     peak = _PROCESS + max(under_way, plan.largest_unit, refining)

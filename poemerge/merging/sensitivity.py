@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,10 @@ from poemerge.merging.identity import identity_of
 from poemerge.merging.predictor import Predictor, predicts
 from poemerge.merging.stream import processors, single_threaded
 
-__all__ = ["Sensitivities", "columns", "gather", "measure", "why_not"]
+if TYPE_CHECKING:
+    from poemerge.merging.plan import Plan
+
+__all__ = ["Sensitivities", "columns", "gather", "measure", "measuring_flops", "why_not"]
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +101,17 @@ def why_not(experts: ExpertSet, max_memory: int) -> dict[str, str]:
         heads = {name: set(one.private_names()) for name, one in experts.experts.items()}
         return {name: "it has no head of its own" for name, own in heads.items() if not predicts(own)}
     return dict.fromkeys(experts.experts, reason)
+
+
+def measuring_flops(experts: ExpertSet, plan: Plan) -> float:
+    """Floating-point operations of measuring the experts that no earlier merge has measured: 2 a weight and token
+    forward, 2 back to the activations, and the products of the gradients."""
+    minded = [one for one in plan.parameters if one.minded]
+    if not minded:
+        return 0.0
+    missing = sum(name not in plan.not_measured and not _kept(experts, name).is_file() for name in experts.experts)
+    weights = sum(4.0 * one.entries + 2.0 * one.outputs * columns(one.outputs) for one in minded)
+    return missing * _INPUTS * _TOKENS * weights
 
 
 def gather(experts: ExpertSet, not_measured: Mapping[str, str], folder: Path) -> dict[str, str]:
