@@ -129,9 +129,9 @@ class Bench:
         self.model.load_state_dict({n: value + theta[n] if n in theta else value for n, value in self.base.items()})
         right = {task: self._right(task) for task in tasks}
         kept.parent.mkdir(exist_ok=True)
-        partial = kept.with_suffix(".partial.npz")
-        np.savez_compressed(partial, **right)  # type: ignore[arg-type]
-        partial.replace(kept)
+        unfinished = kept.with_suffix(".partial.npz")
+        np.savez_compressed(unfinished, **right)  # type: ignore[arg-type]
+        unfinished.replace(kept)
         return right
 
     @torch.inference_mode()
