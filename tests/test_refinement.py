@@ -105,9 +105,9 @@ def test_what_moves_and_what_stays(models: dict[str, Path], tmp_path: Path) -> N
         way = float((other[name] - one[name]).norm() / (one[name] - base[name]).norm())
         assert distance == pytest.approx(way, rel=1e-3)
         assert distance < STEPS * 0.01
-    # An attention's key biases change no prediction: what rounding says of them is hardly followed.
+    # An attention's key biases change no prediction: what rounding says of them is not followed.
     keys = [name for name in one if name.endswith("key.bias")]
-    assert all(told.get(name, 0.0) < 0.25 * told["encoder.layer.0.attention.self.query.bias"] for name in keys)
+    assert all(told.get(name, 0.0) < 0.01 * told["encoder.layer.0.attention.self.query.bias"] for name in keys)
 
 
 def test_neither_processors_nor_order_have_a_say(

@@ -26,7 +26,6 @@ from poemerge.merging.plan import Plan
 from poemerge.merging.predictor import Predictor
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import processors, single_threaded
-from poemerge.numerics.precision import autocast
 
 __all__ = ["mean_divergence", "refine", "refinement_flops", "refinement_memory", "why_not_refined"]
 
@@ -48,7 +47,7 @@ _RATE = 0.008
 _LAST = 0.05
 """Of the first step, the last."""
 
-_QUIET = 1e-2
+_QUIET = 1e-3
 """Gradients of less than this part of the root mean square of all are rounding: an attention's key biases have none."""
 
 _PANELS = 2
@@ -179,10 +178,9 @@ class _Panel:
 
     def _answer(self, name: str, inputs: Mapping[str, Tensor]) -> _Answer:
         predictor = self._predictors[name]
-        with autocast():
-            read = None if predictor.head is None else predictor.reading(inputs)
-            logits = predictor.logits(inputs) if read is None else predictor.under_head(read)
-            return _Answer(torch.log_softmax(logits, -1), read)
+        read = None if predictor.head is None else predictor.reading(inputs)
+        logits = predictor.logits(inputs) if read is None else predictor.under_head(read)
+        return _Answer(torch.log_softmax(logits, -1), read)
 
     def judge(self) -> dict[str, float]:
         """The divergence from every expert on the inputs that are used for nothing else."""
