@@ -269,23 +269,22 @@ def table(bench: Bench, kind: str, condition: str, methods: tuple[Method, ...]) 
     tasks = bench.tasks if condition == "clean" else [task for task in bench.tasks if task != CORRUPTED]
     note = "" if condition == "clean" else f", expert {CORRUPTED} {condition}; mean of the other tasks"
     print(f"\n{kind}, {condition}{note}")
-    rows: dict[str, Bits] = {}
-    if condition == "clean":
-        key = bench.digest(deltas)
-        rows["base"] = bench.answers(f"base {key}", tasks, dict)
-        rows["experts, each on its own task"] = {
-            task: bench.answers(f"{task} {key}", [task], partial(one_of, deltas, i))[task]
-            for i, task in enumerate(tasks)
-        }
-    elif condition == "wrong":
+    if condition == "wrong":
         wrong = wrong_expert(bench.root, kind)
         deltas = corrupt(deltas, condition, index, read_deltas(bench.root / "base", {"wrong": wrong}))
-    else:
+    elif condition != "clean":
         deltas = corrupt(deltas, condition, index, None)
+    inputs = bench.digest(deltas)
+    rows: dict[str, Bits] = {}
+    if condition == "clean":
+        rows["base"] = bench.answers(f"base {inputs}", tasks, dict)
+        rows["experts, each on its own task"] = {
+            task: bench.answers(f"{task} {inputs}", [task], partial(one_of, deltas, i))[task]
+            for i, task in enumerate(tasks)
+        }
     print(f"{'':32s}{'mean':>8s}  " + " ".join(f"{task[:9]:>9s}" for task in tasks))
     for name, bits in rows.items():
         show(name, bits, tasks)
-    inputs = bench.digest(deltas)
 
     def ours() -> Deltas:
         with tempfile.TemporaryDirectory() as scratch:

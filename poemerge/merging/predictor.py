@@ -20,8 +20,14 @@ __all__ = ["Predictor", "predicts"]
 _CLASSIFIERS = ("classifier", "score")
 """What transformers calls the classifier of its own task models."""
 
-_ATTENTION = "eager"
-"""Written out: torch's fused attention is no faster on texts as short as these, and far slower back in bfloat16."""
+_LOADED: dict[str, Any] = {
+    "dtype": torch.float32,
+    # Written out: torch's fused attention is no faster on texts as short as these, and far slower back in bfloat16.
+    "attn_implementation": "eager",
+    "trust_remote_code": False,
+    "use_safetensors": True,
+}
+"""How the network of an expert is loaded, with its own head or with a classifier of transformers'."""
 
 _loading = threading.Lock()
 """transformers changes settings of the whole process while it loads a model."""
@@ -131,14 +137,7 @@ def _encoder(experts: ExpertSet) -> Any:
         width = config.projection_dim
         config, kind = CLIPVisionConfig.from_pretrained(folder, projection_dim=width), CLIPVisionModelWithProjection
     with quiet_loading():
-        return kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=_ATTENTION,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        return kind.from_pretrained(folder, config=config, **_LOADED)
 
 
 def _classifier(experts: ExpertSet, name: str, private: dict[str, Tensor]) -> Any:
@@ -154,14 +153,7 @@ def _classifier(experts: ExpertSet, name: str, private: dict[str, Tensor]) -> An
     kind: Any = AutoModelForImageClassification if image else AutoModelForSequenceClassification
     with quiet_loading():
         model, loading = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=_ATTENTION,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+            folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **_LOADED
         )
     state = model.state_dict()
     unmade = set(loading["missing_keys"]) | {one[0] for one in loading["mismatched_keys"]}
