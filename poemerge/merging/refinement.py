@@ -41,7 +41,7 @@ _CHECKS = 8
 _READING = 0.1
 """β: nats that a squared distance of 1 between two readings is worth; those of our own heads are unit vectors."""
 
-_RATE = 0.008
+_RATE = 0.018
 """The first step of an entry, in parts of the root mean square of what the merge added to its tensor."""
 
 _LAST = 0.05
