@@ -487,9 +487,7 @@ def test_find_mode_keeps_the_start_when_no_step_is_allowed(stiff: Tensor) -> Non
         Expert(1.0), torch.ones(1, 8, dtype=torch.float64), torch.ones(1).double(), torch.ones(1, 8, dtype=torch.bool)
     )
     start = stiff[:1]
-    mode = find_mode(
-        problem, energy, theta=start, residual_sq=problem.residual_sq(start), max_steps=0, rtol=1e-6, accelerate=True
-    )
+    mode = find_mode(problem, energy, theta=start, rows=problem.rows(start), max_steps=0, rtol=1e-6, accelerate=True)
     assert torch.equal(mode.theta, start)
     assert int(mode.steps) == 0
 

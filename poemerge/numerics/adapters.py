@@ -3,15 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from poemerge.errors import NumericsError
-from poemerge.numerics.solution import Basis
+from poemerge.numerics.dual import Grams
+from poemerge.numerics.solution import Basis, Factored
 
-__all__ = ["Adapter", "Adapters", "LowRank", "not_finite"]
+__all__ = ["Adapter", "Adapters", "Combined", "LowRank", "not_finite"]
 
 Adapter = tuple[Tensor, Tensor, float | int]
 
@@ -21,6 +23,8 @@ _RANK_PRECISION = 1e-12
 _LEAST_PIVOT = 1e-4
 # From this pivot on, factors keep the digits of their dtype when they are made orthonormal in it.
 _FLOAT32_PIVOT = 0.05
+# Up to this many times as long as an adapter's own, the terms of a sum keep the digits of its factors' dtype.
+_FLOAT32_TERMS = 16.0
 
 
 def not_finite(index: int, count: int, what: str, wrong: int) -> NumericsError:
@@ -51,11 +55,6 @@ class LowRank:
     def __getitem__(self, chunk: slice | list[int]) -> "LowRank":
         return LowRank(self.left[chunk], self.right[chunk], self.sizes[chunk])
 
-    @property
-    def mT(self) -> "LowRank":  # noqa: N802  (as tensors spell it)
-        """The transposed task vectors."""
-        return LowRank(self.right, self.left, self.sizes)
-
     def over(self, unit: Float[Tensor, " batch"]) -> "LowRank":
         """Every member's task vectors divided by its unit."""
         return LowRank(self.left, self.right, self.sizes / unit.unsqueeze(-1))
@@ -80,10 +79,11 @@ class Span:
         self.stack = stack
         wide = stack.double()
         # The factors of adapters are tall and few: half a Gram matrix costs a fifth less than a whole one.
-        half = stack.shape[-1] // 2
-        lower = wide.mT @ wide[..., :half]
-        rest = wide[..., half:].mT @ wide[..., half:]
-        self.gram = torch.cat([lower, torch.cat([lower[..., half:, :].mT, rest], -2)], -1)
+        width, half = stack.shape[-1], stack.shape[-1] // 2
+        self.gram = wide.new_empty(len(stack), width, width)
+        self.gram[..., :half] = wide.mT @ wide[..., :half]
+        self.gram[..., half:, half:] = wide[..., half:].mT @ wide[..., half:]
+        self.gram[..., :half, half:] = self.gram[..., half:, :half].mT
         self.experts = experts
 
     def finite(self) -> bool:
@@ -96,6 +96,7 @@ class Span:
         split = self.gram.reshape(flat, self.experts, rank, self.experts, rank)
         return split.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
+    @cached_property
     def basis(self) -> tuple[Basis, Float[Tensor, "flat expert k r"]]:
         """An orthonormal basis Q, and float64 F_i for which Q·F_i are the factors."""
         tiny = torch.finfo(torch.float64).tiny
@@ -138,21 +139,31 @@ class Adapters:
         self.dtype = torch.float64 if float64 else torch.float32
         self.scaling = torch.tensor([float(one[2]) for one in adapters], dtype=torch.float64)
         self.scaling = self.scaling.to(adapters[0][0].device)
-        # Rows of A and columns of B are stacked as they lie in memory.
-        self.left = Span(self._stack([b for b, _, _ in adapters], -1), self.count)
-        self.right = Span(self._stack([a for _, a, _ in adapters], -2).mT, self.count)
+        # Both stacks lie in memory factor by factor, as products with their transposes are fastest.
+        self.left = Span(self._stack([b.mT for b, _, _ in adapters]).mT, self.count)
+        self.right = Span(self._stack([a for _, a, _ in adapters]).mT, self.count)
         if not (self.left.finite() and self.right.finite() and bool(self.scaling.isfinite().all())):
             _name_not_finite(adapters)
 
-    def _stack(self, factors: Sequence[Tensor], along: int) -> Tensor:
-        largest = max(factor.shape[along] for factor in factors)
+    def _stack(self, factors: Sequence[Tensor]) -> Tensor:
+        """Rows of all, each expert's filled up to the largest rank."""
+        largest = max(factor.shape[-2] for factor in factors)
         padded = []
         for factor in factors:
-            missing = largest - factor.shape[along]
-            room = (0, missing) if along == -1 else (0, 0, 0, missing)
+            missing = largest - factor.shape[-2]
             flat = factor.to(self.dtype).reshape(-1, *factor.shape[-2:])
-            padded.append(torch.nn.functional.pad(flat, room) if missing else flat)
-        return torch.cat(padded, along)
+            padded.append(torch.nn.functional.pad(flat, (0, 0, 0, missing)) if missing else flat)
+        return torch.cat(padded, -2)
+
+    @property
+    def stacked_scaling(self) -> Float[Tensor, " stacked"]:
+        """Of every column of the stacks, its adapter's scaling."""
+        return self.scaling.repeat_interleave(self.left.stack.shape[-1] // self.count)
+
+    def grams(self) -> Grams:
+        """The inner products of all columns of the scaled B, and of all rows of the A."""
+        scaling = self.stacked_scaling
+        return Grams(self.left.gram * scaling * scaling.unsqueeze(-1), self.right.gram, self.count)
 
     def norm_sq(self) -> Float[Tensor, "flat expert"]:
         """‖A_i‖²_F, float64."""
@@ -161,13 +172,65 @@ class Adapters:
 
     def within(self) -> tuple[Basis, LowRank, Basis]:
         """Orthonormal bases Q and V of both sides, and the float64 task vectors X_i with A_i = Q X_i Vᵀ."""
-        left, lefts = self.left.basis()
-        right, rights = self.right.basis()
+        left, lefts = self.left.basis
+        right, rights = self.right.basis
         tiny = torch.finfo(torch.float64).tiny
         own, across = (torch.linalg.vector_norm(one, dim=(-2, -1), keepdim=True) for one in (lefts, rights))
         lefts = lefts / own.clamp_min(tiny) * self.scaling.sign()[:, None, None]
         sizes = (own * across).flatten(1) * self.scaling.abs()
         return left, LowRank(lefts, rights / across.clamp_min(tiny), sizes), right
+
+
+class Combined(Factored):
+    """Θ = Σ_ij s_iB_i W_ij A_j of one member of a batch; orthonormal bases are made when they are asked for."""
+
+    def __init__(self, adapters: Adapters, index: int, weights: Float[Tensor, "stacked stacked"]) -> None:
+        """`weights` W, float64."""
+        self._adapters, self._index = adapters, index
+        self._weights = adapters.stacked_scaling.unsqueeze(-1) * weights
+
+    @cached_property
+    def _bases(self) -> tuple[Basis, Tensor, Basis]:
+        left, right = self._adapters.left, self._adapters.right
+        (basis, inside), (other, across) = left.basis, right.basis
+        own, its = (one[self._index].transpose(0, 1).flatten(1) for one in (inside, across))
+        return basis[self._index], (own @ self._weights @ its.mT).to(self.dtype), other[self._index]
+
+    @property
+    def Q(self) -> Float[Tensor, "out k"]:  # noqa: N802
+        """Orthonormal basis of the columns."""
+        return self._bases[0].columns
+
+    @property
+    def X(self) -> Float[Tensor, "k l"]:  # noqa: N802
+        """Θ between the two bases."""
+        return self._bases[1]
+
+    @property
+    def V(self) -> Float[Tensor, "in l"]:  # noqa: N802
+        """Orthonormal basis of the rows."""
+        return self._bases[2].columns
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the dense matrix."""
+        return torch.Size(self._adapters.size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the factors."""
+        return self._adapters.dtype
+
+    def pair(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "in k"]]:
+        """Two thin matrices L and R with Θ = L Rᵀ."""
+        left, right = self._adapters.left, self._adapters.right
+        stack, other = left.stack[self._index], right.stack[self._index]
+        lengths, widths = (one.gram[self._index].diagonal().sqrt() for one in (left, right))
+        terms = self._weights.abs() * lengths.unsqueeze(-1) * widths
+        own = (self._adapters.stacked_scaling.abs() * lengths * widths).amax()
+        if bool(terms.amax() > _FLOAT32_TERMS * own):
+            return self.Q @ self.X, self.V
+        return stack @ self._weights.to(self.dtype), other
 
 
 def _check_shapes(adapters: Sequence[Adapter]) -> None:

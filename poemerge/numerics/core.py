@@ -8,31 +8,36 @@ from torch import Tensor
 
 from poemerge.numerics import solution as ended
 from poemerge.numerics.adapters import LowRank
+from poemerge.numerics.dual import DualOneSided, Grams
 from poemerge.numerics.experts import Energy, Expert
 from poemerge.numerics.majorise import Mode, find_mode, settled_gap
 from poemerge.numerics.one_sided import OneSided, norm_sq
 from poemerge.numerics.posterior import Posterior
 from poemerge.numerics.settings import Settings
 from poemerge.numerics.solution import Outcome, Solution
-from poemerge.numerics.thin import ThinOneSided, ThinTwoSided
+from poemerge.numerics.thin import ThinTwoSided
 from poemerge.numerics.two_sided import TwoSided
 
 __all__ = ["solve_core"]
 
-_AnyProblem = OneSided | TwoSided | ThinOneSided | ThinTwoSided
+_AnyDeltas = Float[Tensor, "batch expert k l"] | LowRank | Grams
+_AnyProblem = OneSided | TwoSided | ThinTwoSided | DualOneSided
 
 # "fitted" never takes experts to agree better than this fraction of ‖R_i(0)‖²: the scale must stay above zero.
 _LEAST_FITTED = 1e-6
 
 
 def solve_core(
-    deltas: Float[Tensor, "batch expert k l"] | LowRank,
+    deltas: _AnyDeltas,
     size: tuple[int, int],
     scales: Float[Tensor, "batch expert"] | None,
     start: Float[Tensor, "batch k l"] | None,
     settings: Settings,
 ) -> list[Solution]:
-    """Solve a batch; members that fail in float32 are solved again in float64, and fall back to the mean after that."""
+    """Solve a batch; members that fail in float32 are solved again in float64, and fall back to the mean after that.
+
+    For `Grams`, theta is the coefficients W of Θ = Σ P_i W_ij Q_jᵀ, and there is no posterior.
+    """
     solutions = _solve_once(deltas, size, scales, start, settings)
     failed = [i for i, solution in enumerate(solutions) if not solution.outcome.ok]
     if failed and deltas.dtype != torch.float64:
@@ -48,9 +53,9 @@ def solve_core(
     return solutions
 
 
-def _unit(given: Float[Tensor, "batch expert k l"] | LowRank) -> Float[Tensor, " batch"]:
+def _unit(given: _AnyDeltas) -> Float[Tensor, " batch"]:
     """A power of two near the deltas' common size, float64: divided out it changes no digit, and nothing overflows."""
-    if isinstance(given, LowRank):
+    if isinstance(given, LowRank | Grams):
         largest = given.sizes.amax(-1)
         least = torch.finfo(torch.float64).tiny
     else:
@@ -60,21 +65,20 @@ def _unit(given: Float[Tensor, "batch expert k l"] | LowRank) -> Float[Tensor, "
 
 
 def _problem(
-    given: Float[Tensor, "batch expert k l"] | LowRank,
+    given: _AnyDeltas,
     unit: Float[Tensor, " batch"],
     size: tuple[int, int],
     settings: Settings,
 ) -> tuple[_AnyProblem, Float[Tensor, "batch expert"]]:
     """The problem of the deltas divided by `unit`, and their ‖A_i‖²."""
     rows, columns = size if settings.side != "input" else size[::-1]
+    if isinstance(given, Grams):
+        dual = DualOneSided(given.mT if settings.side == "input" else given, unit, rows)
+        return dual, dual.norm_sq
     if isinstance(given, LowRank):
-        factors = given.over(unit)
-        factors = factors.mT if settings.side == "input" else factors
-        if settings.side == "both":
-            assert isinstance(settings.pooling, float | int)
-            thin: ThinOneSided | ThinTwoSided = ThinTwoSided(factors, rows * columns, settings.pooling)
-        else:
-            thin = ThinOneSided(factors, rows)
+        assert settings.side == "both"
+        assert isinstance(settings.pooling, float | int)
+        thin = ThinTwoSided(given.over(unit), rows * columns, settings.pooling)
         return thin, thin.norm_sq
     deltas = given * (1 / unit).to(given.dtype)[:, None, None, None]
     if settings.side == "input":
@@ -86,7 +90,7 @@ def _problem(
 
 
 def _solve_once(
-    given: Float[Tensor, "batch expert k l"] | LowRank,
+    given: _AnyDeltas,
     size: tuple[int, int],
     scales: Float[Tensor, "batch expert"] | None,
     start: Float[Tensor, "batch k l"] | None,
@@ -109,6 +113,7 @@ def _solve_once(
     scale_sq = _scale_sq(settings, problem, task_norm_sq, unit, None, present, scales) if at_once else None
     ok = torch.ones(len(given), dtype=torch.bool, device=unit.device)
     if start is not None:
+        assert not isinstance(problem, DualOneSided)
         oriented = start.mT if settings.side == "input" else start
         theta = problem.enter(oriented / unit.to(start.dtype)[:, None, None])
     elif settings.init == "mean":
@@ -119,7 +124,8 @@ def _solve_once(
         else:
             first = torch.where(present, expert.weight(torch.zeros_like(scale_sq), scale_sq), 0.0)
         theta, ok = problem.minimise(first, prior_at(first), None, settings.rtol)
-    residual_sq = problem.recentre(theta, problem.residual_sq(theta))
+    rows = problem.recentre(theta, problem.rows(theta))
+    residual_sq = rows[:, :-1]
     if scale_sq is None:
         scale_sq = _scale_sq(settings, problem, task_norm_sq, unit, residual_sq, present, scales)
     prior = prior_at(torch.where(present, expert.weight(residual_sq, scale_sq), 0.0))
@@ -129,7 +135,7 @@ def _solve_once(
         problem,
         energy,
         theta=theta,
-        residual_sq=residual_sq,
+        rows=rows,
         max_steps=0 if at_mode else (1 if expert.quadratic else settings.max_steps),
         rtol=settings.rtol,
         accelerate=settings.accelerate,
@@ -199,7 +205,7 @@ def _outcome(index: int, ok: bool, present: bool, mode: Mode, expert: Expert, se
 def _member(
     index: int,
     outcome: Outcome,
-    given: Tensor | LowRank,
+    given: _AnyDeltas,
     theta: Tensor,
     weights: Tensor,
     prior: Tensor,
@@ -214,9 +220,11 @@ def _member(
     elif outcome is ended.CLOSED_FORM:
         steps = 1
     elif not outcome.ok:
-        own, own_weights, energy = _matrices(given, index).mean(0), torch.zeros_like(own_weights), energy[:1]
+        mean = given.mean()[index] if isinstance(given, Grams) else _matrices(given, index).mean(0)
+        own, own_weights, energy = mean, torch.zeros_like(own_weights), energy[:1]
 
     def posterior() -> Posterior:
+        assert not isinstance(given, Grams)
         minded = None if settings.sensitivity is None else settings.sensitivity[index].double()
         matrices = _matrices(given, index).double()
         pooling = settings.pooling[index].double() if isinstance(settings.pooling, Tensor) else settings.pooling or 0.0

@@ -73,6 +73,10 @@ class Energy:
         """E for given r_i² and ‖Θ‖²."""
         return self.expert.energy(residual_sq, self.scale_sq).sum(-1) + self.prior * norm_sq
 
+    def of_rows(self, rows: Float[Tensor, "batch row"]) -> Float[Tensor, " batch"]:
+        """E for every r_i², and ‖Θ‖² as the last row."""
+        return self.of(rows[:, :-1], rows[:, -1])
+
     def weights(self, residual_sq: Float[Tensor, "batch expert"]) -> Float[Tensor, "batch expert"]:
         """w_i = ρ′(r_i²); 0 for an absent expert."""
         return torch.where(self.present, self.expert.weight(residual_sq, self.scale_sq), 0.0)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from poemerge.numerics.anderson import Anderson
 from poemerge.numerics.experts import Energy
-from poemerge.numerics.one_sided import dot, norm_sq
 from poemerge.numerics.subspace import Quadratics, search
 
 __all__ = ["Mode", "Problem", "find_mode", "settled_gap"]
@@ -28,14 +27,14 @@ class Problem(Protocol):
         """Θ(w), and where it could be had."""
         ...
 
-    def residual_sq(self, theta: Tensor) -> Float[Tensor, "batch expert"]:
-        """r_i² at Θ."""
+    def rows(self, theta: Tensor) -> Float[Tensor, "batch row"]:
+        """Every r_i² at Θ, and ‖Θ‖² as the last row."""
         ...
 
     def expand(
         self, theta: Tensor, step: Tensor, last: Tensor
-    ) -> tuple[Float[Tensor, "batch expert"], Float[Tensor, "batch expert"], Float[Tensor, "batch expert"]]:
-        """Half the slope of r_i² at Θ along `step`, and the curvatures ⟨step, step⟩ and ⟨step, last⟩ of its form."""
+    ) -> tuple[Float[Tensor, "batch row"], Float[Tensor, "batch row"], Float[Tensor, "batch row"]]:
+        """Half of every row's slope at Θ along `step`, and the curvatures ⟨step, step⟩ and ⟨step, last⟩ of its form."""
         ...
 
 
@@ -44,12 +43,17 @@ class Mode:
     """Where majorise–minimise is: see `Solution`; `gap` is the last relative change of the weights."""
 
     theta: Float[Tensor, "batch out in"]
-    residual_sq: Float[Tensor, "batch expert"]
+    rows: Float[Tensor, "batch row"]
     trace: list[Float[Tensor, " batch"]]
     steps: Int[Tensor, " batch"]
     gap: Float[Tensor, " batch"]
     ok: Bool[Tensor, " batch"]
     exhausted: Bool[Tensor, " batch"]
+
+    @property
+    def residual_sq(self) -> Float[Tensor, "batch expert"]:
+        """r_i² at Θ."""
+        return self.rows[:, :-1]
 
 
 def find_mode(
@@ -57,12 +61,12 @@ def find_mode(
     energy: Energy,
     *,
     theta: Float[Tensor, "batch out in"],
-    residual_sq: Float[Tensor, "batch expert"],
+    rows: Float[Tensor, "batch row"],
     max_steps: int,
     rtol: float,
     accelerate: bool,
 ) -> Mode:
-    """Minimise E from `theta`, whose residuals are given.
+    """Minimise E from `theta`, whose `rows` (every r_i², and ‖Θ‖²) are given.
 
     A plain step solves for Θ(w) at w_i = ρ′(r_i²) and never raises E. Accelerated, a single problem first extrapolates
     log w by Anderson's method, as long as E falls and the steps look like those towards a minimum; after that, and in a
@@ -72,8 +76,8 @@ def find_mode(
     batch, device = len(energy.prior), energy.prior.device
     mode = Mode(
         theta,
-        residual_sq,
-        [energy.of(residual_sq, norm_sq(theta))],
+        rows,
+        [energy.of_rows(rows)],
         torch.zeros(batch, dtype=torch.int64, device=device),
         torch.full((batch,), torch.inf, dtype=torch.float64, device=device),
         torch.ones(batch, dtype=torch.bool, device=device),
@@ -100,15 +104,15 @@ def _extrapolate(problem: Problem, energy: Energy, mode: Mode, max_steps: int, r
     while int(mode.steps) < max_steps:
         weights = torch.where(energy.present, proposal.exp(), 0.0)
         theta, solved = problem.minimise(weights, energy.prior, mode.theta, rtol)
-        residual_sq = problem.residual_sq(theta)
-        value, before = energy.of(residual_sq, norm_sq(theta)), mode.trace[-1]
+        rows = problem.rows(theta)
+        value, before = energy.of_rows(rows), mode.trace[-1]
         mode = replace(mode, steps=mode.steps + 1, trace=[*mode.trace, torch.minimum(value, before)])
         if not bool(solved & (value <= before * (1 + slack * plain))):
             mode.trace[-1] = before
             return replace(mode, ok=mode.ok & (solved | (not plain)))
-        image = energy.log_weights(residual_sq)
+        image = energy.log_weights(rows[:, :-1])
         gap = (image - proposal).abs().amax(-1)
-        mode = replace(mode, theta=theta, residual_sq=residual_sq, gap=gap)
+        mode = replace(mode, theta=theta, rows=rows, gap=gap)
         if bool(gap <= settled_gap(theta.dtype, rtol)):
             return mode
         extrapolated = anderson.extrapolate(proposal[0], image[0])
@@ -123,45 +127,42 @@ def _descend(problem: Problem, energy: Energy, mode: Mode, max_steps: int, rtol:
     """Plain steps, each followed by a search in the plane of the last two when `accelerate` is on."""
     eps = torch.finfo(mode.theta.dtype).eps
     goal = settled_gap(mode.theta.dtype, rtol)
-    theta, residual_sq, value, steps, gap = mode.theta, mode.residual_sq, mode.trace[-1], mode.steps, mode.gap
+    theta, rows, value, steps, gap = mode.theta, mode.rows, mode.trace[-1], mode.steps, mode.gap
     trace, ok, exhausted = list(mode.trace), mode.ok, mode.exhausted
     plain = torch.zeros(len(value), 2, dtype=torch.float64, device=value.device)
     plain[:, 0] = 1.0
     last = torch.zeros_like(theta)
-    last_slope = torch.zeros(len(value), residual_sq.shape[1] + 1, dtype=torch.float64, device=value.device)
-    last_curvature = torch.zeros_like(last_slope)
+    last_slope, last_curvature = torch.zeros_like(rows), torch.zeros_like(rows)
     smallest, stalled = torch.full_like(gap, torch.inf), torch.zeros_like(steps)
     active = torch.ones_like(ok)
     while bool((active := active & (steps < max_steps)).any()):
-        trial, solved = problem.minimise(energy.weights(residual_sq), energy.prior, theta, rtol)
+        trial, solved = problem.minimise(energy.weights(rows[:, :-1]), energy.prior, theta, rtol)
         step = torch.where(solved[:, None, None], trial - theta, 0.0)
         slope, own, across = problem.expand(theta, step, last)
-        slope = torch.cat([slope, dot(theta, step)[:, None]], 1)
-        own = torch.cat([own, norm_sq(step)[:, None]], 1)
-        across = torch.cat([across, dot(step, last)[:, None]], 1)
         plane = Quadratics(
             energy,
-            torch.cat([residual_sq, norm_sq(theta)[:, None]], 1),
+            rows,
             torch.stack([slope, last_slope], -1),
             torch.stack([own, across, across, last_curvature], -1).view(*own.shape, 2, 2),
         )
-        plain_residual_sq, plain_value = plane.at(plain)
+        plain_rows = plane.rows(plain)
+        plain_value = energy.of_rows(plain_rows)
         kept = active & solved & (plain_value <= value + 64 * eps * value)
         steps, ok = steps + active, ok & (solved | ~active)
         # A plain step that does not lower the energy has met the rounding of the dtype.
         exhausted = exhausted | (active & solved & ~kept)
-        change = (energy.log_weights(plain_residual_sq) - energy.log_weights(residual_sq)).abs().amax(-1)
+        change = (energy.log_weights(plain_rows[:, :-1]) - energy.log_weights(rows[:, :-1])).abs().amax(-1)
         gap = torch.where(kept, change, gap)
         place = torch.where(kept[:, None], search(plane) if accelerate else plain, 0.0)
-        residual_sq, new_value = plane.at(place)
+        rows = plane.rows(place)
         last_slope, last_curvature = plane.shift(place)
         along, again = place.to(theta.dtype)[:, :, None, None].unbind(1)
         last = along * step + again * last
         theta = theta + last
-        value = torch.minimum(new_value, value)
+        value = torch.minimum(energy.of_rows(rows), value)
         trace.append(value)
         stalled = torch.where(gap < smallest, 0, stalled + 1)
         smallest = torch.minimum(gap, smallest)
         exhausted = exhausted | (active & (stalled >= _STALLED_STEPS) & (smallest < eps**0.5))
         active = active & kept & (gap > goal) & ~exhausted
-    return Mode(theta, residual_sq, trace, steps, gap, ok, exhausted)
+    return Mode(theta, rows, trace, steps, gap, ok, exhausted)

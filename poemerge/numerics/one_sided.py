@@ -87,15 +87,51 @@ class Referenced:
     def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
         raise NotImplementedError
 
+    def residual_sq(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch expert"]:
+        """r_i², never below 0."""
+        raise NotImplementedError
+
+    def _expand(
+        self,
+        theta: Float[Tensor, "batch out in"],
+        step: Float[Tensor, "batch out in"],
+        last: Float[Tensor, "batch out in"],
+    ) -> tuple[Float[Tensor, "batch expert"], Float[Tensor, "batch expert"], Float[Tensor, "batch expert"]]:
+        """Half the slope of r_i² at Θ along `step`, and the curvatures ⟨step, step⟩ and ⟨step, last⟩ of its form."""
+        raise NotImplementedError
+
+    def rows(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch row"]:
+        """Every r_i², and ‖Θ‖² as the last row."""
+        return _with_norm(self.residual_sq(theta), norm_sq(theta))
+
+    def expand(
+        self,
+        theta: Float[Tensor, "batch out in"],
+        step: Float[Tensor, "batch out in"],
+        last: Float[Tensor, "batch out in"],
+    ) -> tuple[Float[Tensor, "batch row"], Float[Tensor, "batch row"], Float[Tensor, "batch row"]]:
+        """Half of every row's slope at Θ along `step`, and the curvatures ⟨step, step⟩ and ⟨step, last⟩ of its form."""
+        slope, own, across = self._expand(theta, step, last)
+        return (
+            _with_norm(slope, dot(theta, step)),
+            _with_norm(own, norm_sq(step)),
+            _with_norm(across, dot(step, last)),
+        )
+
     def recentre(
-        self, theta: Float[Tensor, "batch out in"], residual_sq: Float[Tensor, "batch expert"]
-    ) -> Float[Tensor, "batch expert"]:
-        """r_i²(Θ), recomputed about Θ where it is so small beside r_i² at the reference that rounding would show."""
+        self, theta: Float[Tensor, "batch out in"], rows: Float[Tensor, "batch row"]
+    ) -> Float[Tensor, "batch row"]:
+        """`rows` at Θ, recomputed about Θ where an r_i² is so small beside that at the reference that rounding would
+        show."""
         floor = torch.finfo(theta.dtype).eps ** 0.5 * self.reference_residual_sq
-        if bool((residual_sq < floor).any()):
+        if bool((rows[:, :-1] < floor).any()):
             self._refer(theta)
-            return self.reference_residual_sq
-        return residual_sq
+            return _with_norm(self.reference_residual_sq, rows[:, -1])
+        return rows
+
+
+def _with_norm(experts: Float[Tensor, "batch expert"], norm: Float[Tensor, " batch"]) -> Float[Tensor, "batch row"]:
+    return torch.cat([experts, norm.unsqueeze(1)], 1)
 
 
 class AsGiven:
@@ -170,13 +206,12 @@ class OneSided(AsGiven, Referenced):
         linear, quadratic = inner(self.slopes, step), inner(self.grams, gram(step))
         return (self.reference_residual_sq + 2 * linear + quadratic).clamp_min(0)
 
-    def expand(
+    def _expand(
         self,
         theta: Float[Tensor, "batch out in"],
         step: Float[Tensor, "batch out in"],
         last: Float[Tensor, "batch out in"],
     ) -> tuple[Float[Tensor, "batch expert"], Float[Tensor, "batch expert"], Float[Tensor, "batch expert"]]:
-        """Half the slope of r_i² at Θ along `step`, and the curvatures ⟨step, step⟩ and ⟨step, last⟩ of its form."""
         across = torch.cat([theta - self.reference, step, last], 1) @ step.mT
         offset, own, other = (inner(self.grams, block) for block in across.chunk(3, dim=1))
         return inner(self.slopes, step) + offset, own, other

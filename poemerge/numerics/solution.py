@@ -83,12 +83,17 @@ class Factored:
     """A low-rank matrix Θ = Q X Vᵀ, with orthonormal columns in Q `[*batch, out, k]` and V `[*batch, in, l]`."""
 
     def __init__(self, Q: Tensor | Basis, X: Float[Tensor, "*batch k l"], V: Tensor | Basis) -> None:
-        self._left, self.X, self._right = Q, X, V
+        self._left, self._middle, self._right = Q, X, V
 
     @property
     def Q(self) -> Float[Tensor, "*batch out k"]:  # noqa: N802
         """Orthonormal basis of the columns."""
         return self._left.columns if isinstance(self._left, Basis) else self._left
+
+    @property
+    def X(self) -> Float[Tensor, "*batch k l"]:  # noqa: N802
+        """Θ between the two bases."""
+        return self._middle
 
     @property
     def V(self) -> Float[Tensor, "*batch in l"]:  # noqa: N802

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poemerge.errors import NumericsError
-from poemerge.numerics.adapters import Adapter, Adapters, LowRank, not_finite
+from poemerge.numerics.adapters import Adapter, Adapters, Combined, LowRank, not_finite
 from poemerge.numerics.breadth import breadth
 from poemerge.numerics.core import solve_core
+from poemerge.numerics.dual import Grams
 from poemerge.numerics.experts import Family
 from poemerge.numerics.posterior import Posterior, Side
 from poemerge.numerics.precision import full_precision, working_dtype
@@ -24,6 +25,8 @@ __all__ = ["Adapter", "solve"]
 DEFAULT_POOLING = 0.5
 # Adapters are worked on through their rank where their joint span is at least this many times as wide.
 THIN = 3
+# One-sided adapters are worked on in the dual form up to a stack this many times as wide as their matrix.
+DUAL = 2
 # From this rtol on the small problem of float32 adapters runs in float32, else in float64.
 FLOAT32_RTOL = 1e-3
 
@@ -222,26 +225,60 @@ def _solve_factored(adapters: Adapters, settings: Settings) -> Solution:
         raise bad_setting("init", "a tensor", '"gaussian" or "mean" for factored deltas', "densify the adapters first")
     if settings.sensitivity is not None:
         return _solve_minded(adapters, settings)
-    left, cores, right = adapters.within()
-    device = cores.left.device
+    device = adapters.scaling.device
     scales = _expert_scales(settings.scale, adapters.batch, adapters.count, device)
+    if settings.side != "both" and adapters.left.stack.shape[-1] <= DUAL * max(adapters.size):
+        return _solve_dual(adapters, scales, settings)
+    left, cores, right = adapters.within()
     if adapters.dtype == torch.float32 and settings.rtol >= FLOAT32_RTOL:
         cores = cores.float()
     narrow = THIN * cores.left.shape[-1] <= min(cores.left.shape[-2], cores.right.shape[-2])
-    given: Tensor | LowRank = cores if narrow else cores.dense()
-    stride = 1 if device.type == "cpu" else max(1, len(given))
+    given: Tensor | LowRank = cores if narrow and settings.side == "both" else cores.dense()
+    members = _members(given, adapters, scales, settings)
+    lifted = [_lift(member, left[i], right[i]) for i, member in enumerate(members)]
+    return join(lifted, adapters.batch, single=not adapters.batch)
+
+
+def _members(
+    given: Tensor | LowRank | Grams, adapters: Adapters, scales: Tensor | None, settings: Settings
+) -> list[Solution]:
+    """On a CPU one at a time, elsewhere all at once."""
+    stride = 1 if adapters.scaling.device.type == "cpu" else max(1, len(given))
     members: list[Solution] = []
     for first in range(0, len(given), stride):
         chunk = slice(first, first + stride)
         own_scales = None if scales is None else scales[chunk]
         members += solve_core(given[chunk], adapters.size, own_scales, None, settings)
-    lifted = [_lift(member, left[i], right[i]) for i, member in enumerate(members)]
+    return members
+
+
+def _solve_dual(adapters: Adapters, scales: Tensor | None, settings: Settings) -> Solution:
+    """One side from the adapters' Gram matrices alone; bases are made for the posterior."""
+    members = _members(adapters.grams(), adapters, scales, settings)
+    lifted = []
+    for index, member in enumerate(members):
+        theta = Combined(adapters, index, member.dense())
+        lifted.append(
+            replace(member, theta=theta, make_posterior=_within_spans(adapters, index, member, theta, settings))
+        )
     return join(lifted, adapters.batch, single=not adapters.batch)
+
+
+def _within_spans(
+    adapters: Adapters, index: int, member: Solution, theta: Factored, settings: Settings
+) -> Callable[[], Posterior]:
+    """The posterior within the joint subspaces."""
+
+    def posterior() -> Posterior:
+        cores = adapters.within()[1][[index]].dense()[0]
+        return Posterior(theta, settings.side, cores, member.weights, member.prior_precision)
+
+    return posterior
 
 
 def _solve_minded(adapters: Adapters, settings: Settings) -> Solution:
     """With sensitivities Θ leaves the span of the B_i but not that of the A_iᵀ: solved whole on one side, Θ = X Vᵀ."""
-    right, inside = adapters.right.basis()
+    right, inside = adapters.right.basis
     experts, device = adapters.count, inside.device
     left = adapters.left.stack
     left = left.reshape(*left.shape[:-1], experts, -1).transpose(1, 2)

@@ -34,10 +34,9 @@ class Quadratics:
         bend = (self.curvature @ place[:, None, :, None]).squeeze(-1)
         return (self.value + ((2 * self.slope + bend) * place[:, None, :]).sum(-1)).clamp_min(0)
 
-    def at(self, place: Float[Tensor, "batch 2"]) -> tuple[Float[Tensor, "batch expert"], Float[Tensor, " batch"]]:
-        """r_i² and E at (a, b)."""
-        rows = self.rows(place)
-        return rows[:, :-1], self.energy.of(rows[:, :-1], rows[:, -1])
+    def at(self, place: Float[Tensor, "batch 2"]) -> Float[Tensor, " batch"]:
+        """E at (a, b)."""
+        return self.energy.of_rows(self.rows(place))
 
     def shift(self, place: Float[Tensor, "batch 2"]) -> tuple[Float[Tensor, "batch row"], Float[Tensor, "batch row"]]:
         """Slope and curvature of every row along the move to (a, b), as seen from there."""
@@ -65,7 +64,7 @@ def search(plane: Quadratics) -> Float[Tensor, "batch 2"]:
     """
     place = torch.zeros_like(plane.slope[:, 0])
     place[:, 0] = 1.0
-    value = plane.at(place)[1]
+    value = plane.at(place)
     gradient, second, majoriser = plane.derivatives(place)
     size = majoriser.diagonal(dim1=-2, dim2=-1).sqrt()
     # A direction that is not there yet (the first step has no predecessor) takes no part.
@@ -78,7 +77,7 @@ def search(plane: Quadratics) -> Float[Tensor, "batch 2"]:
         if not bool(active.any()):
             break
         trial = place + length[:, None] * newton
-        trial_value = plane.at(trial)[1]
+        trial_value = plane.at(trial)
         gradient, second, _ = plane.derivatives(trial)
         trial_newton, trial_convex = _newton(gradient, second, size, missing)
         kept = active & trial_convex & (trial_value < value)

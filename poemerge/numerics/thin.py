@@ -1,119 +1,25 @@
-"""Products of experts of low rank: what A_i = P_iQ_iᵀ asks of Θ is seen through P_iᵀΘ, r rows an expert."""
+"""The two-sided product of adapters: what A_i = P_iQ_iᵀ asks of Θ is seen through P_iᵀΘ, r rows an expert."""
 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from poemerge.numerics.adapters import LowRank
-from poemerge.numerics.one_sided import AsGiven, Referenced, normal_solve, without_size
+from poemerge.numerics.one_sided import Referenced
 from poemerge.numerics.two_sided import Kronecker
 
-__all__ = ["ThinOneSided", "ThinTwoSided"]
+__all__ = ["ThinTwoSided"]
 
 
-class _Thin(Referenced):
-    """r_i² = ⟨K_i Z_i R_i, Z_i⟩ with Z_i = P_iᵀ(Θ − A_i) and K_i = Q_iᵀQ_i, kept about a reference as in the dense
-    problems: Z_i(Θ) = Z_i(C) + P_iᵀ(Θ − C)."""
-
-    mean_over: int
-    norm_sq: Float[Tensor, "batch expert"]
-    """‖A_i‖²_F."""
-    trace: Float[Tensor, "batch expert"]
-    start_residual_sq: Float[Tensor, "batch expert"]
-
-    def _set(
-        self, left: Float[Tensor, "batch expert out r"], middle: Tensor, right: Tensor, sizes: Float[Tensor, "_ _"]
-    ) -> None:
-        """From P_i, K_i, Q_i and a_i, with A_i = a_i P_iQ_iᵀ."""
-        self.left, self.middle, self.right = left, middle, right
-        self.long = left.transpose(1, 2).flatten(2)
-        self.target = (sizes.to(left.dtype)[..., None, None] * (left.mT @ left)) @ right.mT
-        self.start_residual_sq = self._form(self.target, self.target)
-
-    def _mean(self, sizes: Float[Tensor, "_ _"]) -> Float[Tensor, "batch out in"]:
-        """The experts' mean."""
-        share = (sizes / sizes.shape[1]).to(self.left.dtype)[..., None, None]
-        mean: Tensor = self.long @ (share * self.right.mT).flatten(1, 2)
-        return mean
-
-    def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
-        self.reference = reference
-        self.misfit = self._seen(reference) - self.target
-        self.pull = self.middle @ self._through(self.misfit)
-        self.reference_residual_sq = _sum(self.pull * self.misfit).clamp_min(0)
-
-    def _seen(self, theta: Float[Tensor, "batch out _"]) -> Float[Tensor, "batch expert r _"]:
-        """P_iᵀΘ."""
-        batch, experts, _, rank = self.left.shape
-        return (self.long.mT @ theta).reshape(batch, experts, rank, -1)
-
-    def _through(self, seen: Float[Tensor, "batch expert r in"]) -> Float[Tensor, "batch expert r in"]:
-        """Z_i R_i."""
-        return seen
-
-    def _form(self, one: Tensor, other: Tensor) -> Float[Tensor, "batch expert"]:
-        """⟨K_i Z_i R_i, Z_i′⟩, each row in the tensors' own dtype and the sum over rows in float64."""
-        return _sum((self.middle @ self._through(one)) * other)
-
-    def _slope(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, "batch out in"]:
-        """Σ w_i P_i K_i Z_i R_i at the reference."""
-        return self.long @ (weights[..., None, None] * self.pull).flatten(1, 2)
-
-    def residual_sq(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch expert"]:
-        """r_i², never below 0."""
-        misfit = self._seen(theta - self.reference) + self.misfit
-        return self._form(misfit, misfit).clamp_min(0)
-
-    def expand(
-        self,
-        theta: Float[Tensor, "batch out in"],
-        step: Float[Tensor, "batch out in"],
-        last: Float[Tensor, "batch out in"],
-    ) -> tuple[Float[Tensor, "batch expert"], Float[Tensor, "batch expert"], Float[Tensor, "batch expert"]]:
-        """Half the slope of r_i² at Θ along `step`, and the curvatures ⟨step, step⟩ and ⟨step, last⟩ of its form."""
-        offset, along, before = self._seen(torch.cat([theta - self.reference, step, last], -1)).chunk(3, -1)
-        image = self.middle @ self._through(along)
-        return _sum(image * (offset + self.misfit)), _sum(image * along), _sum(image * before)
-
-
-def _sum(products: Float[Tensor, "batch expert r in"]) -> Float[Tensor, "batch expert"]:
-    total: Tensor = products.sum(-1).double().sum(-1)
-    return total
-
-
-class ThinOneSided(AsGiven, _Thin):
-    """`OneSided` for experts of low rank: H(w) = Σ w_i P_iK_iP_iᵀ + λI, R_i the identity."""
-
-    def __init__(self, deltas: LowRank, mean_over: int) -> None:
-        """`mean_over`: how many diagonal entries mean diag H averages over (the full `out`)."""
-        self.mean_over = mean_over
-        left = deltas.sizes.to(deltas.dtype)[..., None, None] * deltas.left
-        middle = deltas.right.mT @ deltas.right
-        ones = torch.ones_like(deltas.sizes)
-        self._set(left, middle, deltas.right, ones)
-        self._refer(self._mean(ones))
-        self.half = left @ middle
-        self.trace = self.norm_sq = _sum(self.half * left).clamp_min(0)
-
-    def minimise(
-        self,
-        weights: Float[Tensor, "batch expert"],
-        prior: Float[Tensor, " batch"],
-        start: Float[Tensor, "batch out in"] | None,  # noqa: ARG002  (the two-sided problem iterates from it)
-        rtol: float,  # noqa: ARG002
-    ) -> tuple[Float[Tensor, "batch out in"], Bool[Tensor, " batch"]]:
-        """Θ(w) = H(w)⁻¹ Σ w_i G_i A_i by Cholesky, and where the factorisation succeeded."""
-        weights, prior = without_size(weights, prior)
-        heavy = weights.to(self.left.dtype)
-        matrix = (heavy[..., None, None] * self.half).transpose(1, 2).flatten(2) @ self.long.mT
-        return normal_solve(matrix, prior, self._slope(heavy), self.reference)
-
-
-class ThinTwoSided(_Thin, Kronecker):
+class ThinTwoSided(Kronecker, Referenced):
     """`TwoSided` for experts of low rank: with Â_i = P_iQ_iᵀ and M_i = P_iᵀP_i,
-    R_i = (1 − y) Q_iM_iQ_iᵀ + y·pooled, all products through the rank."""
+    R_i = (1 − y) Q_iM_iQ_iᵀ + y·pooled, all products through the rank.
+
+    r_i² = ⟨K_i Z_i R_i, Z_i⟩ with Z_i = P_iᵀ(Θ − A_i) and K_i = Q_iᵀQ_i, kept about a reference C as in the dense
+    problem: Z_i(Θ) = Z_i(C) + P_iᵀ(Θ − C).
+    """
 
     def __init__(self, deltas: LowRank, mean_over: int, pooling: float) -> None:
         """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
@@ -134,8 +40,12 @@ class ThinTwoSided(_Thin, Kronecker):
         self.pooled = (summed.clamp_min(0) / present[..., 0]).unsqueeze(-2)
         sizes = length * deltas.sizes
         self.norm_sq = sizes.square()
-        self._set(left, middle, right, sizes)
-        self._refer(self._mean(sizes))
+        self.left, self.middle, self.right = left, middle, right
+        self.long = left.transpose(1, 2).flatten(2)
+        self.target = (sizes.to(dtype)[..., None, None] * (left.mT @ left)) @ right.mT
+        self.start_residual_sq = self._form(self.target, self.target)
+        share = (sizes / sizes.shape[1]).to(dtype)[..., None, None]
+        self._refer(self.long @ (share * right.mT).flatten(1, 2))
         self.left_diagonal = ((left @ middle) * left).sum(-1)
         own = ((right @ self.inner) * right).sum(-1)
         self.right_diagonal = (1 - pooling) * own + pooling * self.pooled
@@ -160,6 +70,45 @@ class ThinTwoSided(_Thin, Kronecker):
             return out.addcmul_(summed @ theta, self.pooled).addcmul_(prior, theta)
 
         return operate
+
+    def _refer(self, reference: Float[Tensor, "batch out in"]) -> None:
+        self.reference = reference
+        self.misfit = self._seen(reference) - self.target
+        self.pull = self.middle @ self._through(self.misfit)
+        self.reference_residual_sq = _sum(self.pull * self.misfit).clamp_min(0)
+
+    def _seen(self, theta: Float[Tensor, "batch out _"]) -> Float[Tensor, "batch expert r _"]:
+        """P_iᵀΘ."""
+        batch, experts, _, rank = self.left.shape
+        return (self.long.mT @ theta).reshape(batch, experts, rank, -1)
+
+    def _form(self, one: Tensor, other: Tensor) -> Float[Tensor, "batch expert"]:
+        """⟨K_i Z_i R_i, Z_i′⟩, each row in the tensors' own dtype and the sum over rows in float64."""
+        return _sum((self.middle @ self._through(one)) * other)
+
+    def _slope(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, "batch out in"]:
+        """Σ w_i P_i K_i Z_i R_i at the reference."""
+        return self.long @ (weights[..., None, None] * self.pull).flatten(1, 2)
+
+    def residual_sq(self, theta: Float[Tensor, "batch out in"]) -> Float[Tensor, "batch expert"]:
+        """r_i², never below 0."""
+        misfit = self._seen(theta - self.reference) + self.misfit
+        return self._form(misfit, misfit).clamp_min(0)
+
+    def _expand(
+        self,
+        theta: Float[Tensor, "batch out in"],
+        step: Float[Tensor, "batch out in"],
+        last: Float[Tensor, "batch out in"],
+    ) -> tuple[Float[Tensor, "batch expert"], Float[Tensor, "batch expert"], Float[Tensor, "batch expert"]]:
+        offset, along, before = self._seen(torch.cat([theta - self.reference, step, last], -1)).chunk(3, -1)
+        image = self.middle @ self._through(along)
+        return _sum(image * (offset + self.misfit)), _sum(image * along), _sum(image * before)
+
+
+def _sum(products: Float[Tensor, "batch expert r in"]) -> Float[Tensor, "batch expert"]:
+    total: Tensor = products.sum(-1).double().sum(-1)
+    return total
 
 
 def _joint(one: Float[Tensor, "batch expert k r"], other: Float[Tensor, "batch expert k r"]) -> Float[Tensor, "_ k k"]:

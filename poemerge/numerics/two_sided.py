@@ -249,13 +249,12 @@ class TwoSided(Kronecker, Referenced):
         linear, quadratic = inner(self.slopes, step), inner(self._each(step.unsqueeze(1)), step)
         return (self.reference_residual_sq + 2 * linear + quadratic).clamp_min(0)
 
-    def expand(
+    def _expand(
         self,
         theta: Float[Tensor, "batch out in"],
         step: Float[Tensor, "batch out in"],
         last: Float[Tensor, "batch out in"],
     ) -> tuple[Float[Tensor, "batch expert"], Float[Tensor, "batch expert"], Float[Tensor, "batch expert"]]:
-        """Half the slope of r_i² at Θ along `step`, and the curvatures ⟨step, step⟩ and ⟨step, last⟩ of its form."""
         images = self._each(step.unsqueeze(1))
         slope = inner(self.slopes, step) + inner(images, theta - self.reference)
         return slope, inner(images, step), inner(images, last)
