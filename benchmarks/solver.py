@@ -1,9 +1,11 @@
 """How fast the solver is, against the textbook algorithm on the same inputs to the same stopping precision.
 
-    python benchmarks/solver.py [--device cuda] [--repeats N] [--textbook-steps N]
+    python benchmarks/solver.py [--device cuda] [--repeats N] [--textbook-steps N] [--threads N]
 
 Prints a table and exits 0 when every threshold holds, 1 when one does not. On a CPU, times are CPU seconds of this
-process, so that a busy machine does not change the ratios; on a GPU, seconds.
+process, so that a busy machine does not change the ratios, on one thread, as a merge solves a matrix; on a GPU,
+seconds. Where the float32 textbook comes to rest is a matter of its rounding, and so of the number of threads: its
+steps stand beside its time.
 """
 
 import argparse
@@ -271,7 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", default="", help="run the comparisons whose name holds this: square tall lora stiff batch"
     )
+    parser.add_argument("--threads", type=int, default=1, help="threads of a product on a CPU (default 1)")
     given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
     options = Options(given.device, given.repeats, given.textbook_steps)
     parts: dict[str, Callable[[], list[Row]]] = {
         "square": lambda: dense_rows((768, 768), "output", options, torch.float32, 5.0),
