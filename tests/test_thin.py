@@ -133,3 +133,27 @@ def test_norms_and_spans_of_a_batch() -> None:
     left, inside, right = together.within()
     spanned = left.columns.double().unsqueeze(1) @ inside.dense() @ right.columns.double().mT.unsqueeze(1)
     torch.testing.assert_close(spanned, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_one_sided_adapters_have_the_dense_solution_and_posterior(side: str) -> None:
+    """Scalings of either sign, one matrix and a batch of two."""
+    generator = torch.Generator().manual_seed(11)
+    adapters = [
+        (
+            torch.randn(30, 3, generator=generator, dtype=torch.float64),
+            torch.randn(3, 20, generator=generator, dtype=torch.float64),
+            scaling,
+        )
+        for scaling in (0.5, -1.0, 2.0)
+    ]
+    dense = solve(torch.stack([scaling * (b @ a) for b, a, scaling in adapters]), side=side, rtol=1e-10)
+    found = solve(adapters, side=side, rtol=1e-10)
+    batch = solve([(torch.stack([b, 2 * b]), torch.stack([a, a]), s) for b, a, s in adapters], side=side, rtol=1e-10)
+    for each in (found, batch.unbind()[0]):
+        torch.testing.assert_close(each.dense(), dense.dense(), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(each.weights, dense.weights, rtol=1e-8, atol=0)
+        assert isinstance(each.theta, Factored)
+        basis = each.theta.Q if side == "output" else each.theta.V
+        held = basis.mT @ dense.posterior.precision @ basis
+        torch.testing.assert_close(each.posterior.precision, held, rtol=1e-8, atol=1e-8 * float(held.abs().max()))
