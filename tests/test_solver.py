@@ -504,8 +504,9 @@ def test_shapes_hold_at_run_time() -> None:
     script = """
     from jaxtyping import TypeCheckError, install_import_hook
 
-    names = "solver solution experts majorise anderson subspace one_sided two_sided dual thin adapters posterior"
-    with install_import_hook([f"poemerge.numerics.{name}" for name in [*names.split(), "baselines", "precision"]], "beartype.beartype"):
+    names = "solver solution experts majorise anderson subspace one_sided two_sided dual thin adapters posterior "
+    names += "baselines precision"
+    with install_import_hook([f"poemerge.numerics.{name}" for name in names.split()], "beartype.beartype"):
         import poemerge.numerics.baselines as baselines
         import poemerge.numerics.solver as solver
     import torch
