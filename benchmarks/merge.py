@@ -205,6 +205,12 @@ def _floors(base: Path, experts: Mapping[str, Path], out: Path) -> dict[str, Cal
     }
 
 
+def against_floors(table: Table, seconds: Seconds, targets: Mapping[str, float | None]) -> None:
+    """`compare` with the floor, which the targets are of, and with touched pages."""
+    compare(table, READ, seconds, targets, but=[TOUCHED])
+    compare(table, TOUCHED, seconds, {}, but=[READ])
+
+
 def run_floor(work: Path, table: Table, size: Size) -> None:
     """mean and task arithmetic of four full experts against the floor."""
     base, experts = make_models(work, size, 4)
@@ -216,8 +222,7 @@ def run_floor(work: Path, table: Table, size: Size) -> None:
     runs = _floors(base, experts, work / "floor-out")
     runs |= {method: ours(method) for method in ("mean", "task_arithmetic")}
     seconds = take_turns(runs, [work / "floor-out", out / "mean", out / "task_arithmetic"])
-    compare(table, READ, seconds, {"mean": 1.5, "task_arithmetic": 1.5}, but=[TOUCHED])
-    compare(table, TOUCHED, seconds, {}, but=[READ])
+    against_floors(table, seconds, {"mean": 1.5, "task_arithmetic": 1.5})
 
 
 def void(_: object) -> None:
@@ -235,9 +240,7 @@ def run_lora(work: Path, table: Table, size: Size) -> None:
 
     runs |= {f"poe, 8 adapters r=16, side {side}": ours(side) for side in ("both", "output")}
     outputs = [work / "floor-out", work / "out" / "lora"]
-    seconds = take_turns(runs, outputs)
-    compare(table, READ, seconds, {"poe, 8 adapters r=16, side both": 3.0}, but=[TOUCHED])
-    compare(table, TOUCHED, seconds, {}, but=[READ])
+    against_floors(table, take_turns(runs, outputs), {"poe, 8 adapters r=16, side both": 3.0})
 
 
 MEASURE = """

@@ -14,7 +14,7 @@ from poemerge.checkpoints.safetensors_file import FLOATS
 from poemerge.errors import BadInputError, Problem
 from poemerge.merging.sensitivity import columns, why_not
 from poemerge.merging.settings import ELEMENTWISE, ParameterSettings, Selection, resolve
-from poemerge.numerics.solver import DUAL, FLOAT32_RTOL, THIN
+from poemerge.numerics.solver import FLOAT32_RTOL, THIN, in_dual_form
 from poemerge.params import MergeParams, Side, parse_bytes
 
 __all__ = ["Action", "ParameterPlan", "Plan", "Unit", "make_plan"]
@@ -275,7 +275,7 @@ def _factored_memory(p: ParameterPlan) -> int:
     if p.minded:  # whole on the output side
         core = replace(p, shape=(p.outputs, columns if not p.transposed else rows), factored=False, transposed=False)
         return spans + int(width * (1 + _working_sets(core)) * count * math.prod(core.shape))
-    if p.settings.side != "both" and stacked <= DUAL * max(p.shape):
+    if in_dual_form(p.settings.side, stacked, p.shape):
         return spans + 128 * stacked**2
     if p.settings.side == "both" and THIN * rank <= min(rows, columns):
         return spans + 32 * width * stacked**2

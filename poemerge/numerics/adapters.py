@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poemerge.errors import NumericsError
-from poemerge.numerics.dual import Grams
+from poemerge.numerics.dual import Grams, own_blocks
 from poemerge.numerics.solution import Basis, Factored
 
 __all__ = ["Adapter", "Adapters", "Combined", "LowRank", "not_finite"]
@@ -92,9 +92,7 @@ class Span:
 
     def blocks(self) -> Float[Tensor, "flat expert r r"]:
         """Every expert's own Gram matrix."""
-        flat, rank = len(self.gram), self.stack.shape[-1] // self.experts
-        split = self.gram.reshape(flat, self.experts, rank, self.experts, rank)
-        return split.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+        return own_blocks(self.gram, self.experts)
 
     @cached_property
     def basis(self) -> tuple[Basis, Float[Tensor, "flat expert k r"]]:
@@ -155,7 +153,7 @@ class Adapters:
             padded.append(torch.nn.functional.pad(flat, (0, 0, 0, missing)) if missing else flat)
         return torch.cat(padded, -2)
 
-    @property
+    @cached_property
     def stacked_scaling(self) -> Float[Tensor, " stacked"]:
         """Of every column of the stacks, its adapter's scaling."""
         return self.scaling.repeat_interleave(self.left.stack.shape[-1] // self.count)

@@ -9,12 +9,18 @@ from torch import Tensor
 
 from poemerge.numerics.one_sided import AsGiven, without_size
 
-__all__ = ["DualOneSided", "Grams"]
+__all__ = ["DualOneSided", "Grams", "own_blocks"]
 
 # Of a Gram matrix's mean diagonal: added to it, it is rounding, and adapters without their full rank can be factorised.
 _NUGGET = 1e-14
 # Of the dual matrix's mean diagonal: the least prior that keeps its rounding out where adapters share directions.
 _LEAST_PRIOR = 1e-12
+
+
+def own_blocks(gram: Float[Tensor, "batch stacked stacked"], experts: int) -> Float[Tensor, "batch expert r r"]:
+    """Every expert's own block of the inner products of all; a view where `gram` lies in one piece."""
+    rank = gram.shape[-1] // experts
+    return gram.reshape(-1, experts, rank, experts, rank).diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -45,22 +51,17 @@ class Grams:
         """Themselves."""
         return self
 
-    def blocks(self, gram: Float[Tensor, "batch stacked stacked"]) -> Float[Tensor, "batch expert r r"]:
-        """Every expert's own block of `gram`."""
-        rank = gram.shape[-1] // self.experts
-        split = gram.reshape(-1, self.experts, rank, self.experts, rank)
-        return split.diagonal(dim1=1, dim2=3).movedim(-1, 1)
-
     def joined(self, blocks: Float[Tensor, "batch expert r r"]) -> Float[Tensor, "batch stacked stacked"]:
         """The matrix of these blocks, zero elsewhere."""
         whole = blocks.new_zeros(self.left.shape)
-        self.blocks(whole).copy_(blocks)
+        own_blocks(whole, self.experts).copy_(blocks)
         return whole
 
     @cached_property
     def norm_sq(self) -> Float[Tensor, "batch expert"]:
         """‖A_i‖²_F."""
-        return (self.blocks(self.left) * self.blocks(self.right)).sum((-2, -1)).clamp_min(0)
+        left, right = (own_blocks(gram, self.experts) for gram in (self.left, self.right))
+        return (left * right).sum((-2, -1)).clamp_min(0)
 
     @property
     def sizes(self) -> Float[Tensor, "batch expert"]:
@@ -90,7 +91,7 @@ class DualOneSided(AsGiven):
         scaled = given.over(unit)
         self.mean_over, self.unit = mean_over, unit[:, None, None]
         self.left, self.right = scaled.left, scaled.right
-        own, self.middle = scaled.blocks(scaled.left), scaled.blocks(scaled.right)
+        own, self.middle = (own_blocks(gram, given.experts) for gram in (self.left, self.right))
         self.trace = self.norm_sq = given.norm_sq / unit.square().unsqueeze(-1)
         self.reference = scaled.mean()
         self.rank = own.shape[-1]

@@ -19,14 +19,14 @@ from poemerge.numerics.precision import full_precision, working_dtype
 from poemerge.numerics.settings import Prior, Scale, Settings, bad_setting
 from poemerge.numerics.solution import Basis, Factored, Solution, join
 
-__all__ = ["Adapter", "solve"]
+__all__ = ["Adapter", "in_dual_form", "solve"]
 
 # What was chosen on validation splits for experts of unknown sensitivity, see docs/method.md.
 DEFAULT_POOLING = 0.5
 # Adapters are worked on through their rank where their joint span is at least this many times as wide.
 THIN = 3
 # One-sided adapters are worked on in the dual form up to a stack this many times as wide as their matrix.
-DUAL = 2
+_DUAL = 2
 # From this rtol on the small problem of float32 adapters runs in float32, else in float64.
 FLOAT32_RTOL = 1e-3
 
@@ -219,6 +219,11 @@ def _solve_blocks(deltas: Tensor, settings: Settings) -> Solution:
     return join(whole, batch, single=not batch)
 
 
+def in_dual_form(side: Side, stacked: int, size: Sequence[int]) -> bool:
+    """Whether adapters of `stacked` ranks in all, of a matrix of `size`, are solved from their Gram matrices alone."""
+    return side != "both" and stacked <= _DUAL * max(size)
+
+
 def _solve_factored(adapters: Adapters, settings: Settings) -> Solution:
     """Solve within span{B_i} × span{A_iᵀ}: there Θ = Q X Vᵀ exactly, the prior included."""
     if isinstance(settings.init, Tensor):
@@ -227,7 +232,7 @@ def _solve_factored(adapters: Adapters, settings: Settings) -> Solution:
         return _solve_minded(adapters, settings)
     device = adapters.scaling.device
     scales = _expert_scales(settings.scale, adapters.batch, adapters.count, device)
-    if settings.side != "both" and adapters.left.stack.shape[-1] <= DUAL * max(adapters.size):
+    if in_dual_form(settings.side, adapters.left.stack.shape[-1], adapters.size):
         return _solve_dual(adapters, scales, settings)
     left, cores, right = adapters.within()
     if adapters.dtype == torch.float32 and settings.rtol >= FLOAT32_RTOL:
