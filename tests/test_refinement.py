@@ -134,6 +134,26 @@ def test_what_wins_nothing_is_taken_back(
     assert again.record["digest"] == solved.record["digest"]
 
 
+@pytest.mark.parametrize("fails", ["adopt", "under_head"])
+def test_a_network_that_fails_costs_the_refinement_alone(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    solved = _merge(models, tmp_path / "solved", refinement_steps=0)
+    plain, calls = getattr(Predictor, fails), []
+
+    def failing(*given: Any) -> Any:
+        calls.append(given)
+        if fails == "adopt" or len(calls) > 40:  # on the way down
+            raise RuntimeError("no kernel for this\nand a long story")
+        return plain(*given)
+
+    monkeypatch.setattr(Predictor, fails, failing)
+    again = _merge(models, tmp_path / "again")
+    assert calls
+    assert again.record["refinement"] == {"steps": 0, "why": "RuntimeError: no kernel for this"}
+    assert again.record["digest"] == solved.record["digest"]
+
+
 class _KilledError(Exception):
     pass
 

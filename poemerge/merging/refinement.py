@@ -13,6 +13,7 @@ import math
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,12 +23,13 @@ from torch import Tensor
 
 from poemerge.checkpoints import ExpertSet, ShardFile, model_config
 from poemerge.checkpoints.safetensors_file import FLOATS, SafetensorsFile
+from poemerge.errors import PoemergeError
 from poemerge.merging.plan import Plan
 from poemerge.merging.predictor import Predictor
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import processors, single_threaded
 
-__all__ = ["mean_divergence", "refine", "refinement_flops", "refinement_memory", "why_not_refined"]
+__all__ = ["NetworkError", "mean_divergence", "refine", "refinement_flops", "refinement_memory", "why_not_refined"]
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,23 @@ _PANELS = 2
 _ROOM = 9
 """The weights as solved and refined, two panels' gradients, Adam's two averages, two models while they are asked, and
 activations take at most so many times the size of a model in float32."""
+
+
+class NetworkError(Exception):
+    """A network failed while it was asked: transformers or torch could not do with it what measuring did not need."""
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    """One torch thread, and NetworkError for whatever a network raises."""
+    with single_threaded():
+        try:
+            yield
+        except PoemergeError:
+            raise
+        except Exception as error:
+            said = (str(error) or "nothing said").splitlines()[0]
+            raise NetworkError(f"{type(error).__name__}: {said}") from error
 
 
 def why_not_refined(experts: ExpertSet, plan: Plan, steps: int, not_measured: Mapping[str, str]) -> str | None:
@@ -97,6 +116,7 @@ def refine(
     Every linear layer, bias and norm that the merge changed takes `steps` steps of Adam down Σ_i KL(p_i ‖ p_Θ), in
     float32 on the CPU, on 16 new random inputs of every expert at every step. Where other inputs say that nothing was
     won, the merge stays as it was solved. `told(step)` is called after each step. Every expert must have a head.
+    Raises NetworkError where a network fails; the merge is then as it was solved.
     """
     weights = _weights(plan, staging)
     movable = {p.name for p in plan.parameters if p.action != "left_at_base" and experts.rule(p.name) != "embedding"}
@@ -162,7 +182,7 @@ class _Panel:
         self.parameters = {name: torch.nn.Parameter(value, requires_grad=False) for name, value in weights.items()}
         self._predictors: dict[str, Predictor] = {}
         self._said: dict[str, list[_Answer]] = {}
-        with single_threaded(), torch.no_grad():
+        with _asking(), torch.no_grad():
             for name in names:
                 predictor = self._predictors[name] = Predictor(experts, name)
                 asked = islice(self._inputs(name), _CHECKS + steps)
@@ -184,7 +204,7 @@ class _Panel:
 
     def judge(self) -> dict[str, float]:
         """The divergence from every expert on the inputs that are used for nothing else."""
-        with single_threaded(), torch.no_grad():
+        with _asking(), torch.no_grad():
             return {
                 name: sum(
                     float(_divergence(one, self._answer(name, inputs)))
@@ -196,7 +216,7 @@ class _Panel:
 
     def gradients(self, number: int) -> dict[str, Tensor]:
         """Of the sum of its experts' energies on the inputs of step `number`, by parameter."""
-        with single_threaded():
+        with _asking():
             for name, asked in self._asked.items():
                 energy = _energy(self._said[name][_CHECKS + number], self._answer(name, next(asked)))
                 torch.autograd.backward(energy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,15 @@ from poemerge.merging.engine import Job, Progress, open_job, run_shards
 from poemerge.merging.identity import input_identities
 from poemerge.merging.output import write_companions
 from poemerge.merging.plan import Plan
-from poemerge.merging.refinement import refine, why_not_refined
+from poemerge.merging.refinement import NetworkError, refine, why_not_refined
 from poemerge.merging.sensitivity import gather
 from poemerge.merging.settings import Selection
 from poemerge.merging.staging import Staging, check_output, job_key
 from poemerge.params import MergeParams
 
 __all__ = ["MergeResult", "merge", "prepare"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,4 +116,8 @@ def _refinement(
         if progress is not None:
             progress(plan.bytes_written, plan.bytes_written, f"refined by step {step} of {steps}")
 
-    return refine(experts, plan, staging, steps, told)
+    try:
+        return refine(experts, plan, staging, steps, told)
+    except NetworkError as error:  # what was solved is a merge, and is not lost
+        log.warning("not refined: %s", error)
+        return {"steps": 0, "why": str(error)}
