@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from poemerge.checkpoints import ExpertSet, layer_group
-from poemerge.checkpoints.statistics import TaskVectorStatistics, cosines, task_vector_statistics
+from poemerge.checkpoints.statistics import TaskVectorStatistics, cosines, opposed, task_vector_statistics
 from poemerge.params import Params
 from poemerge.project import Project
 from poemerge.wholefile import write_whole
@@ -60,6 +60,7 @@ def _manifest(experts: ExpertSet, statistics: TaskVectorStatistics) -> dict[str,
                 "rule": one.rule,
             }
     cosine = {group: matrix.tolist() for group, matrix in cosines(statistics.parameters, names).items()}
+    whole = cosine.pop("")
     entries = {one.name: math.prod(one.shape) for one in statistics.parameters}
     summary: dict[str, Any] = {}
     for name, parameters in by_expert.items():
@@ -80,12 +81,14 @@ def _manifest(experts: ExpertSet, statistics: TaskVectorStatistics) -> dict[str,
             for one in statistics.parameters
         },
         "experts": summary,
-        "cosine": {"experts": names, "whole": cosine.pop(""), "groups": cosine},
-        "warnings": _warnings(summary, names, cosines(statistics.parameters, names)[""].tolist()),
+        "cosine": {"experts": names, "whole": whole, "groups": cosine},
+        "warnings": _warnings(summary, names, whole, opposed(statistics.parameters)),
     }
 
 
-def _warnings(summary: dict[str, Any], names: list[str], whole: list[list[float]]) -> list[str]:
+def _warnings(
+    summary: dict[str, Any], names: list[str], whole: list[list[float]], against: dict[str, tuple[int, int]]
+) -> list[str]:
     found = []
     for name, one in summary.items():
         if one["norm"] == 0:
@@ -96,6 +99,11 @@ def _warnings(summary: dict[str, Any], names: list[str], whole: list[list[float]
             )
         if one["lacks"]:
             found.append(f"{name} lacks {len(one['lacks'])} of the base's parameters: {', '.join(one['lacks'][:4])}")
+    found += [
+        f"{name} points against the others in {count} of {told} parameters, as fine-tunes of one base seldom do: "
+        "were base and expert swapped, or a sign lost?"
+        for name, (count, told) in against.items()
+    ]
     for i, one in enumerate(names):
         found += [
             f"{one} and {names[j]} are nearly the same task vector (cosine {whole[i][j]:.3f}): it counts twice"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,6 @@ def test_manifest_is_plain_arithmetic(project: Project, monkeypatch: pytest.Monk
 
 
 def test_adapters_alone_stay_factored(project: Project) -> None:
-    import shutil
-
     for name in ("full", "other"):
         shutil.rmtree(project.expert(name))
     task_vectors(project, _params(project))
@@ -104,6 +103,66 @@ def test_warnings_name_twins_and_idle_experts(project: Project) -> None:
     report = task_vectors(project, _params(project))
     assert any("idle is identical to the base" in text for text in report.warnings)
     assert any("twin and full are nearly the same" in text for text in report.warnings)
+
+
+def _drifting(project: Project, count: int, share: float) -> None:
+    """Experts whose task vectors are random but for a direction in common, of `share` of their size."""
+    base = load_file(project.base / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    drift = {name: torch.randn(value.shape, generator=generator) for name, value in base.items()}
+    for i in range(count):
+        moved = {
+            name: value + 0.02 * (share * drift[name] + torch.randn(value.shape, generator=generator))
+            for name, value in base.items()
+        }
+        _save(project, f"own{i}", moved)
+
+
+def _save(project: Project, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    project.expert(name).mkdir(exist_ok=True)
+    save_file(tensors, project.expert(name) / "model.safetensors")
+    (project.expert(name) / "source.json").write_text("{}")
+
+
+def _against(project: Project) -> list[str]:
+    return [text for text in task_vectors(project, _params(project)).warnings if "points against" in text]
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_an_expert_that_points_against_the_others_is_told(project: Project, share: float) -> None:
+    _drifting(project, 5, share)
+    for name in ("full", "other", "lora", "lora2"):
+        shutil.rmtree(project.expert(name))
+    assert not _against(project)
+    base = load_file(project.base / "model.safetensors")
+    own = load_file(project.expert("own3") / "model.safetensors")
+    _save(project, "own3", {name: 2 * value - own[name] for name, value in base.items()})
+    (warning,) = _against(project)
+    assert warning.startswith("own3 points against the others in ")
+    for name in ("own1", "own2", "own4"):
+        shutil.rmtree(project.expert(name))
+    assert not _against(project)  # of two that part, nobody knows which
+
+
+def test_experts_without_a_common_direction_are_not_told(project: Project) -> None:
+    _drifting(project, 6, 0.0)
+    assert not _against(project)
+
+
+@pytest.mark.parametrize(("against", "told"), [(25, True), (24, False), (12, False)])
+def test_more_than_chance_is_asked_of_the_parameters(against: int, told: bool) -> None:
+    """36 parameters, as many as an adapter of six layers has: 25 of them have a chance of 1.4 %, 24 of 3.3 %."""
+
+    def parameter(at: int) -> statistics.ParameterStatistics:
+        sign = -2.0 if at < against else 1.0
+        directions = torch.tensor([[1.0, 0.1], [1.0, 0.0], [sign, 0.0]], dtype=torch.float64)
+        names = ["one", "two", "three"]
+        return statistics.ParameterStatistics(
+            str(at), "matrix", (2,), names, 1.0, directions @ directions.T, [1, 1, 1], True
+        )
+
+    found = statistics.opposed([parameter(at) for at in range(36)])
+    assert found == ({"three": (against, 36)} if told else {})
 
 
 def test_every_tensor_that_is_not_finite_is_named(project: Project) -> None:

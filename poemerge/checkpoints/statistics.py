@@ -13,10 +13,13 @@ from poemerge.checkpoints.expert_set import ExpertSet
 from poemerge.checkpoints.names import Rule, layer_group
 from poemerge.errors import CheckpointError, Problem
 
-__all__ = ["ParameterStatistics", "TaskVectorStatistics", "cosines", "task_vector_statistics"]
+__all__ = ["ParameterStatistics", "TaskVectorStatistics", "cosines", "opposed", "task_vector_statistics"]
 
 _BLOCK_ENTRIES = 1 << 23
 """Entries of one parameter held at once for each expert; larger ones (embeddings) are read in blocks of rows."""
+
+_CHANCE = 0.02
+"""Of a sign test: what an expert is told at that has no direction in common with the others."""
 
 
 @dataclass
@@ -77,6 +80,36 @@ def cosines(parameters: list[ParameterStatistics], names: list[str]) -> dict[str
             gram = grams.setdefault(group, torch.zeros_like(grams[""]))
             gram[rows.unsqueeze(1), rows] += one.gram
     return {group: _normalised(gram) for group, gram in grams.items()}
+
+
+def opposed(parameters: list[ParameterStatistics]) -> dict[str, tuple[int, int]]:
+    """Experts that point against the others, with the number of parameters where they do, and of those that tell.
+
+    Fine-tunes of one base share a little of their direction whatever they were trained for, so an expert's inner
+    product with the sum of the others' task vectors, each of unit length, is above zero, in most parameters and over
+    all. It is told where the product is negative over all, and in more parameters than a fair coin would have it
+    (one-sided sign test, 0.02). Nobody is told of fewer than three experts that moved.
+    """
+    from scipy.stats import binomtest
+
+    norm_sq: dict[str, float] = {}
+    for one in parameters:
+        for expert, own in zip(one.experts, one.gram.diagonal().tolist(), strict=True):
+            norm_sq[expert] = norm_sq.get(expert, 0.0) + own
+    moved = {expert: own**-0.5 for expert, own in norm_sq.items() if own > 0}
+    along: dict[str, list[float]] = {expert: [] for expert in moved}
+    for one in parameters:
+        units = torch.tensor([moved.get(expert, 0.0) for expert in one.experts], dtype=torch.float64)
+        with_others = (one.gram - torch.diag(one.gram.diagonal())) @ units
+        for expert, product in zip(one.experts, with_others.tolist(), strict=True):
+            if expert in moved and product != 0:
+                along[expert].append(product)
+    found = {}
+    for expert, products in along.items():
+        against, told = sum(product < 0 for product in products), len(products)
+        if len(moved) > 2 and sum(products) < 0 and binomtest(against, told, alternative="greater").pvalue < _CHANCE:
+            found[expert] = (against, told)
+    return found
 
 
 def _normalised(gram: Tensor) -> Tensor:
