@@ -42,6 +42,7 @@ MEMORY = {
     "poe (gaussian, output side)": ("--side", "output", "--expert-family", "gaussian"),
 }
 ROUNDS = 5
+DISK = False
 
 
 @dataclass(frozen=True)
@@ -148,17 +149,34 @@ Seconds = dict[str, list[tuple[float, float]]]
 """Of each run, round by round: seconds on the clock, and processor seconds of all threads."""
 
 
-def take_turns(runs: Mapping[str, Callable[[], None]], outputs: Sequence[Path]) -> Seconds:
-    """Seconds of each run, round by round, in turns; no run finds any of the `outputs`, its own or another's."""
+def take_turns(runs: Mapping[str, Callable[[], None]], inputs: Sequence[Path], outputs: Sequence[Path]) -> Seconds:
+    """Seconds of each run, round by round, in turns; no run finds any of the `outputs`, its own or another's.
+
+    With --disk a run finds none of the folders `inputs` in memory, and ends when what it wrote is on the disk.
+    """
     seconds: Seconds = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
             for out in outputs:
                 shutil.rmtree(out, ignore_errors=True)
+            if DISK:
+                settle(inputs, forget=True)
             clock, processor = time.perf_counter(), time.process_time()
             run()
+            if DISK:
+                settle(outputs)
             seconds[name].append((time.perf_counter() - clock, time.process_time() - processor))
     return seconds
+
+
+def settle(folders: Sequence[Path], *, forget: bool = False) -> None:
+    """Wait until the folders' files are on the disk, and let the system `forget` their pages."""
+    for file in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        if forget:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 class Table:
@@ -221,7 +239,8 @@ def run_floor(work: Path, table: Table, size: Size) -> None:
 
     runs = _floors(base, experts, work / "floor-out")
     runs |= {method: ours(method) for method in ("mean", "task_arithmetic")}
-    seconds = take_turns(runs, [work / "floor-out", out / "mean", out / "task_arithmetic"])
+    outputs = [work / "floor-out", out / "mean", out / "task_arithmetic"]
+    seconds = take_turns(runs, [base, *experts.values()], outputs)
     against_floors(table, seconds, {"mean": 1.5, "task_arithmetic": 1.5})
 
 
@@ -240,7 +259,9 @@ def run_lora(work: Path, table: Table, size: Size) -> None:
 
     runs |= {f"poe, 8 adapters r=16, side {side}": ours(side) for side in ("both", "output")}
     outputs = [work / "floor-out", work / "out" / "lora"]
-    against_floors(table, take_turns(runs, outputs), {"poe, 8 adapters r=16, side both": 3.0})
+    against_floors(
+        table, take_turns(runs, [base, *adapters.values()], outputs), {"poe, 8 adapters r=16, side both": 3.0}
+    )
 
 
 MEASURE = """
@@ -419,6 +440,9 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=896, help="a multiple of 28; 448 makes models of a quarter's size")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--disk", action="store_true", help="floor and lora: from the disk and onto it, not from memory"
+    )
     parser.add_argument("--mergekit", type=Path, default=Path("mergekit-venv/bin/mergekit-yaml"))
     parser.add_argument("--json", type=Path, help="write the rows here too")
     parser.add_argument("--released-run", action="store_true", help=argparse.SUPPRESS)
@@ -429,8 +453,8 @@ def main() -> int:
         return 0
     (args.work / "out").mkdir(parents=True, exist_ok=True)
     table, size = Table(), Size(args.layers, args.width)
-    global ROUNDS
-    ROUNDS = args.rounds
+    global ROUNDS, DISK
+    ROUNDS, DISK = args.rounds, args.disk
     sections: dict[str, Callable[[], None]] = {
         "floor": lambda: run_floor(args.work, table, size),
         "lora": lambda: run_lora(args.work, table, size),
