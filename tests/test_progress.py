@@ -51,6 +51,26 @@ def test_stages_on_a_narrow_terminal(
     assert all(len(line.rstrip()) <= 90 for line in last.splitlines())
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_warnings_are_seen_and_those_of_gates_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm-256color")
+    listeners: list[Callable[[Any], None]] = []
+    with StageDisplay(Project(tmp_path), listeners):
+        for stage, warning in (("task_vectors", "one [two] points against the others"), ("register", "gate mean: low")):
+            listeners[0](StageEvent(stage, "began"))
+            report = StageReport("done", warnings=[warning])
+            listeners[0](StageEvent(stage, "ended", outcome=StageOutcome(stage, "unchanged", 1.0, report)))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).splitlines()
+    told = [" ".join(line.split()) for line in shown if "points against" in line]
+    start = "! task_vectors:" if terminal else "task_vectors warning"
+    assert told == [f"{start} one [two] points against the others"]
+    assert not any("gate mean" in line for line in shown)
+
+
 @pytest.mark.parametrize(
     ("interval", "said"),
     [

@@ -27,7 +27,7 @@ ORIGIN = re.compile(r"^INFO [\w.]+: ")
 
 
 class StageDisplay:
-    """Listens to the stages of a run of `project` and shows them on stderr while the block runs.
+    """Listens to the stages of a run of `project` and shows them on stderr while the block runs, then their warnings.
 
     Arguments: `listeners`, the list of tasks/stage.py that it joins; `verbose`, whether every line of every stage is
     shown on a terminal too (elsewhere they always are).
@@ -41,6 +41,7 @@ class StageDisplay:
         self._text = dict.fromkeys(STAGES, "")
         self._began: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
+        self._warnings: list[tuple[str, str]] = []
         self._estimates = _estimates(project)
         self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=4)
 
@@ -58,6 +59,8 @@ class StageDisplay:
         self._listeners.remove(self._hear)
         if self._console.is_terminal:
             self._live.stop()
+            for stage, text in self._warnings:
+                self._console.print(f"[yellow]! {stage}[/]: {escape(text)}", soft_wrap=True)
 
     def _hear(self, event: Any) -> None:
         """Take up a StageEvent of tasks/stage.py."""
@@ -82,6 +85,12 @@ class StageDisplay:
             if not self._console.is_terminal:
                 text = f"{stage:<13} {outcome.action:<10} {outcome.seconds:7.1f} s  {outcome.report.headline}"
                 self._console.print(escape(text), soft_wrap=True)
+            if stage == "register":
+                return  # it warns of the gates that failed, which the verdict shows
+            for warning in outcome.report.warnings:
+                self._warnings.append((stage, warning))
+                if not self._console.is_terminal:
+                    self._console.print(f"{stage:<13} warning    {escape(warning)}", soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table(box=None, show_header=False, pad_edge=False, expand=True)
