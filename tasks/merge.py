@@ -72,6 +72,8 @@ def _report(result: MergeResult, seconds: float) -> StageReport:
         for outcome in ("failed", "step-limit")
         if outcome in record["outcomes"]
     ]
+    if refinement.get("failed"):
+        warnings.append(f"not refined: {refinement['why']}")
     said = {name: one["sensitivity"] for name, one in record["experts"].items()}
     if "measured" in said.values():
         lacking = {name: why for name, why in said.items() if why != "measured"}

@@ -150,8 +150,12 @@ def test_a_network_that_fails_costs_the_refinement_alone(
     monkeypatch.setattr(Predictor, fails, failing)
     again = _merge(models, tmp_path / "again")
     assert calls
-    assert again.record["refinement"] == {"steps": 0, "why": "RuntimeError: no kernel for this"}
+    assert again.record["refinement"] == {"steps": 0, "why": "RuntimeError: no kernel for this", "failed": True}
     assert again.record["digest"] == solved.record["digest"]
+    from tasks.merge import _report
+
+    assert _report(again, 1.0).warnings == ["not refined: RuntimeError: no kernel for this"]
+    assert not _report(solved, 1.0).warnings
 
 
 class _KilledError(Exception):

@@ -120,4 +120,4 @@ def _refinement(
         return refine(experts, plan, staging, steps, told)
     except NetworkError as error:  # what was solved is a merge, and is not lost
         log.warning("not refined: %s", error)
-        return {"steps": 0, "why": str(error)}
+        return {"steps": 0, "why": str(error), "failed": True}
