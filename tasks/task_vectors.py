@@ -82,7 +82,9 @@ def _manifest(experts: ExpertSet, statistics: TaskVectorStatistics) -> dict[str,
         },
         "experts": summary,
         "cosine": {"experts": names, "whole": whole, "groups": cosine},
-        "warnings": _warnings(summary, names, whole, opposed(statistics.parameters)),
+        "warnings": _warnings(
+            summary, names, whole, opposed(statistics.parameters, {name: one["norm"] for name, one in summary.items()})
+        ),
     }
 
 

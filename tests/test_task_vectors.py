@@ -161,7 +161,9 @@ def test_more_than_chance_is_asked_of_the_parameters(against: int, told: bool) -
             str(at), "matrix", (2,), names, 1.0, directions @ directions.T, [1, 1, 1], True
         )
 
-    found = statistics.opposed([parameter(at) for at in range(36)])
+    parameters = [parameter(at) for at in range(36)]
+    lengths = sum(one.gram.diagonal() for one in parameters).sqrt().tolist()
+    found = statistics.opposed(parameters, dict(zip(parameters[0].experts, lengths, strict=True)))
     assert found == ({"three": (against, 36)} if told else {})
 
 

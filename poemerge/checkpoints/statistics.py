@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -82,32 +82,27 @@ def cosines(parameters: list[ParameterStatistics], names: list[str]) -> dict[str
     return {group: _normalised(gram) for group, gram in grams.items()}
 
 
-def opposed(parameters: list[ParameterStatistics]) -> dict[str, tuple[int, int]]:
+def opposed(parameters: list[ParameterStatistics], norms: Mapping[str, float]) -> dict[str, tuple[int, int]]:
     """Experts that point against the others, with the number of parameters where they do, and of those that tell.
 
     Fine-tunes of one base share a little of their direction whatever they were trained for, so an expert's inner
     product with the sum of the others' task vectors, each of unit length, is above zero, in most parameters and over
     all. It is told where the product is negative over all, and in more parameters than a fair coin would have it
-    (one-sided sign test, 0.02). Nobody is told of fewer than three experts that moved.
+    (one-sided sign test, 0.02). `norms` are the task vectors' lengths; nobody is told of fewer than three above zero.
     """
     from scipy.stats import binomtest
 
-    norm_sq: dict[str, float] = {}
+    along: dict[str, list[float]] = {expert: [] for expert, norm in norms.items() if norm > 0}
     for one in parameters:
-        for expert, own in zip(one.experts, one.gram.diagonal().tolist(), strict=True):
-            norm_sq[expert] = norm_sq.get(expert, 0.0) + own
-    moved = {expert: own**-0.5 for expert, own in norm_sq.items() if own > 0}
-    along: dict[str, list[float]] = {expert: [] for expert in moved}
-    for one in parameters:
-        units = torch.tensor([moved.get(expert, 0.0) for expert in one.experts], dtype=torch.float64)
+        units = torch.tensor([1 / norms[e] if e in along else 0.0 for e in one.experts], dtype=torch.float64)
         with_others = (one.gram - torch.diag(one.gram.diagonal())) @ units
         for expert, product in zip(one.experts, with_others.tolist(), strict=True):
-            if expert in moved and product != 0:
+            if expert in along and product != 0:
                 along[expert].append(product)
     found = {}
     for expert, products in along.items():
         against, told = sum(product < 0 for product in products), len(products)
-        if len(moved) > 2 and sum(products) < 0 and binomtest(against, told, alternative="greater").pvalue < _CHANCE:
+        if len(along) > 2 and sum(products) < 0 and binomtest(against, told, alternative="greater").pvalue < _CHANCE:
             found[expert] = (against, told)
     return found
 

@@ -88,8 +88,9 @@ class StageDisplay:
             if stage == "register":
                 return  # it warns of the gates that failed, which the verdict shows
             for warning in outcome.report.warnings:
-                self._warnings.append((stage, warning))
-                if not self._console.is_terminal:
+                if self._console.is_terminal:
+                    self._warnings.append((stage, warning))
+                else:
                     self._console.print(f"{stage:<13} warning    {escape(warning)}", soft_wrap=True)
 
     def _table(self) -> Table:

@@ -15,7 +15,7 @@ from poemerge.merging.inputs import RandomInputs
 from poemerge.numerics.precision import full_precision
 from poemerge.quiet import quiet_loading
 
-__all__ = ["Predictor", "predicts"]
+__all__ = ["Predictor", "in_one_line", "predicts"]
 
 _CLASSIFIERS = ("classifier", "score")
 """What transformers calls the classifier of its own task models."""
@@ -38,6 +38,11 @@ def predicts(private: Collection[str]) -> bool:
     return "head.weight" in private or any(
         name.partition(".")[0] in _CLASSIFIERS and name.endswith(".weight") for name in private
     )
+
+
+def in_one_line(error: Exception) -> str:
+    """What went wrong with a network, as merge.json says it."""
+    return f"{type(error).__name__}: {(str(error) or 'nothing said').splitlines()[0]}"
 
 
 class Predictor:

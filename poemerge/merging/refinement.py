@@ -25,7 +25,7 @@ from poemerge.checkpoints import ExpertSet, ShardFile, model_config
 from poemerge.checkpoints.safetensors_file import FLOATS, SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.plan import Plan
-from poemerge.merging.predictor import Predictor
+from poemerge.merging.predictor import Predictor, in_one_line
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import processors, single_threaded
 
@@ -74,8 +74,7 @@ def _asking() -> Iterator[None]:
         except PoemergeError:
             raise
         except Exception as error:
-            said = (str(error) or "nothing said").splitlines()[0]
-            raise NetworkError(f"{type(error).__name__}: {said}") from error
+            raise NetworkError(in_one_line(error)) from error
 
 
 def why_not_refined(experts: ExpertSet, plan: Plan, steps: int, not_measured: Mapping[str, str]) -> str | None:

@@ -27,7 +27,7 @@ from poemerge.checkpoints import ExpertSet, model_config, save_tensors
 from poemerge.checkpoints.safetensors_file import SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.identity import identity_of
-from poemerge.merging.predictor import Predictor, predicts
+from poemerge.merging.predictor import Predictor, in_one_line, predicts
 from poemerge.merging.stream import processors, single_threaded
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _measured(experts: ExpertSet, name: str, folder: Path) -> str | None:
         raise
     except Exception as error:
         # Whatever transformers cannot do with a model: it is merged as it would be without.
-        reason = f"{type(error).__name__}: {(str(error) or 'nothing said').splitlines()[0]}"
+        reason = in_one_line(error)
         log.warning("%s: sensitivity not measured: %s", name, reason)
         return reason
     if not all(bool(factor.isfinite().all()) for factor in found.values()):
