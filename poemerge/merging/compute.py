@@ -19,6 +19,7 @@ from poemerge.merging.settings import ELEMENTWISE, SOLVED, ParameterSettings
 from poemerge.numerics.adapters import Adapters
 from poemerge.numerics.length import length
 from poemerge.numerics.solution import Factored
+from poemerge.numerics.spectral import farthest, within
 
 __all__ = [
     "Merged",
@@ -249,9 +250,9 @@ def _dense(
         return Merged(weight, _joined([one.entry for one in slices], experts))
     if settings.method == "poe":
         solution = solve_as_merged(deltas.mT if transposed else deltas, settings, sensitivity)
-        theta = solution.dense()
+        theta, held = _bounded(solution.dense(), deltas, settings)
         settings = with_length(settings, deltas, base, sensitivity)
-        entry = _entry(solution, experts, settings)
+        entry = _entry(solution, experts, settings, held)
     else:
         theta, entry = _baseline(deltas, settings, transposed, total_experts), {"outcome": settings.method}
     theta = theta.mT if transposed and settings.method in SOLVED else theta
@@ -278,8 +279,9 @@ def _batched(
     for name, own, one_base, one, solution, minded in zip(names, norms, base, deltas, solutions, known, strict=True):
         if bool(own.any()):
             settled = with_length(settings, one, one_base, minded)
-            theta = solution.dense().mT if transposed else solution.dense()
-            merged.append(_added(name, one_base, theta, settled, dtype, _entry(solution, experts, settled)))
+            theta, held = _bounded(solution.dense(), one, settings)
+            theta = theta.mT if transposed else theta
+            merged.append(_added(name, one_base, theta, settled, dtype, _entry(solution, experts, settled, held)))
         else:
             merged.append(Merged(None, {"outcome": "unchanged"}))
     return merged
@@ -308,10 +310,13 @@ def _factored(
     solution = solve_as_merged(adapters, settings, sensitivity)
     theta = solution.theta
     assert isinstance(theta, Factored)
+    middle, held = _bounded(theta.X, adapters, settings)
+    theta = theta.between(middle) if held else theta
     settings = with_length(settings, adapters, base, sensitivity)
     left, right = (one.to(torch.float32) for one in theta.pair())
     left, right = (right, left) if transposed else (left, right)
-    return Merged(_add_product(name, base, left, right, settings.multiple, dtype), _entry(solution, experts, settings))
+    merged = _add_product(name, base, left, right, settings.multiple, dtype)
+    return Merged(merged, _entry(solution, experts, settings, held))
 
 
 def _add_product(name: str, base: Tensor, left: Tensor, right: Tensor, multiple: float, dtype: torch.dtype) -> Tensor:
@@ -330,6 +335,12 @@ def _add_product(name: str, base: Tensor, left: Tensor, right: Tensor, multiple:
         if not whole:
             merged[rows] = block
     return merged
+
+
+def _bounded(theta: Tensor, deltas: Tensor | Adapters, settings: ParameterSettings) -> tuple[Tensor, int]:
+    """Θ, or what lies between its orthonormal bases, within the reach of the experts (poemerge.numerics.spectral); and
+    how many directions were held back. A coefficient that is given says itself how long Θ is to be."""
+    return (theta, 0) if settings.coefficient is not None else within(theta, farthest(deltas), settings.overshoot)
 
 
 def with_length(
@@ -398,12 +409,15 @@ def _check_finite(name: str, experts: Sequence[str], norms: Tensor, base: Tensor
     )
 
 
-def _entry(solution: poemerge.Solution, experts: Sequence[str], settings: ParameterSettings) -> dict[str, Any]:
+def _entry(
+    solution: poemerge.Solution, experts: Sequence[str], settings: ParameterSettings, held: int
+) -> dict[str, Any]:
     weights = solution.weights.double().reshape(-1, len(experts)).mean(0)
     total = float(weights.sum())
     return {
         "weights": {e: float(w) / total if total > 0 else 0.0 for e, w in zip(experts, weights, strict=True)},
         "coefficient": settings.multiple,
+        "held": held,
         "steps": solution.steps,
         "energy_first": float(solution.energy[0]),
         "energy_last": float(solution.energy[-1]),
@@ -421,6 +435,7 @@ def _joined(entries: list[dict[str, Any]], experts: Sequence[str]) -> dict[str, 
     return {
         "weights": {e: sum(entry["weights"][e] for entry in solved) / len(solved) for e in experts},
         "coefficient": sum(entry["coefficient"] for entry in solved) / len(solved),
+        "held": sum(entry["held"] for entry in solved),
         "steps": sum(entry["steps"] for entry in solved),
         "energy_first": sum(entry["energy_first"] for entry in solved),
         "energy_last": sum(entry["energy_last"] for entry in solved),

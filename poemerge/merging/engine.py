@@ -280,6 +280,7 @@ def _line(p: ParameterPlan, entry: dict[str, Any], seconds: float) -> dict[str, 
         "experts": list(p.experts),
         "weights": entry.get("weights", {}),
         "coefficient": entry.get("coefficient"),
+        "held": entry.get("held", 0),  # directions that were held back, poemerge.numerics.spectral
         "steps": entry.get("steps", 0),
         "energy_first": entry.get("energy_first"),
         "energy_last": entry.get("energy_last"),

@@ -12,6 +12,7 @@ import torch
 from poemerge.checkpoints import ExpertSet, Shard, plan_shards
 from poemerge.checkpoints.safetensors_file import FLOATS
 from poemerge.errors import BadInputError, Problem
+from poemerge.merging.predictor import trained_head
 from poemerge.merging.sensitivity import columns, why_not
 from poemerge.merging.settings import ELEMENTWISE, ParameterSettings, Selection, resolve
 from poemerge.numerics.solver import FLOAT32_RTOL, THIN, in_dual_form
@@ -110,7 +111,8 @@ def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, dev
     limit = parse_bytes(params.max_memory)
     not_measured = dict.fromkeys(experts.experts, "off") if params.sensitivity == "off" else why_not(experts, limit)
     measured = set(experts.experts) - set(not_measured)
-    parameters = [_parameter(experts, params, selection, name, measured) for name in experts.names()]
+    trained = any(trained_head(experts.experts[name].private_names()) for name in measured)
+    parameters = [_parameter(experts, params, selection, name, measured, trained) for name in experts.names()]
     shards = plan_shards([(p.name, p.dtype, p.shape) for p in parameters], parse_bytes(params.max_shard_size))
     by_name = {p.name: p for p in parameters}
     order: list[tuple[Unit, ...]] = []
@@ -172,7 +174,7 @@ def _advice(p: ParameterPlan) -> str:
 
 
 def _parameter(
-    experts: ExpertSet, params: MergeParams, selection: Selection, name: str, measured: Set[str]
+    experts: ExpertSet, params: MergeParams, selection: Selection, name: str, measured: Set[str], trained: bool
 ) -> ParameterPlan:
     shape, stored = experts.base.shape(name), experts.base.dtype(name)
     dtype = stored if params.dtype == "base" or stored not in FLOATS else getattr(torch, params.dtype)
@@ -182,6 +184,8 @@ def _parameter(
         why = "no weight" if stored not in FLOATS else "not selected" if excluded else "no expert holds it"
         return ParameterPlan(name, shape, stored, dtype, "left_at_base", None, (), False, False, why)
     settings = resolve(params, selection, name, experts.rule(name))
+    if trained:  # heads that chance put near each other ask for much the same outputs, and are not refined
+        settings = replace(settings, overshoot=1.0)
     factored = experts.is_factored(name) and settings.method == "poe"
     action: Action = "averaged" if settings.method in {"average", "mean", "rows"} else "merged"
     both = settings.method == "poe" and settings.side == "both" and len(shape) == 2

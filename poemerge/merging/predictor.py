@@ -15,7 +15,7 @@ from poemerge.merging.inputs import RandomInputs
 from poemerge.numerics.precision import full_precision
 from poemerge.quiet import quiet_loading
 
-__all__ = ["Predictor", "in_one_line", "predicts"]
+__all__ = ["Predictor", "in_one_line", "predicts", "trained_head"]
 
 _CLASSIFIERS = ("classifier", "score")
 """What transformers calls the classifier of its own task models."""
@@ -38,6 +38,11 @@ def predicts(private: Collection[str]) -> bool:
     return "head.weight" in private or any(
         name.partition(".")[0] in _CLASSIFIERS and name.endswith(".weight") for name in private
     )
+
+
+def trained_head(private: Collection[str]) -> bool:
+    """Whether private parameters of these names are a classifier of transformers' own, trained with its expert."""
+    return predicts(private) and "head.weight" not in private
 
 
 def in_one_line(error: Exception) -> str:

@@ -25,7 +25,7 @@ from poemerge.checkpoints import ExpertSet, ShardFile, model_config
 from poemerge.checkpoints.safetensors_file import FLOATS, SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.plan import Plan
-from poemerge.merging.predictor import Predictor, in_one_line
+from poemerge.merging.predictor import Predictor, in_one_line, trained_head
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import processors, single_threaded
 
@@ -86,6 +86,11 @@ def why_not_refined(experts: ExpertSet, plan: Plan, steps: int, not_measured: Ma
     if not_measured:
         name, reason = min(not_measured.items())
         return f"{name} cannot be asked: {reason}"
+    trained = [name for name, one in sorted(experts.experts.items()) if trained_head(one.private_names())]
+    if trained:
+        return (
+            f"{trained[0]} has a classifier that was trained with it: nearer to such experts' predictions is no better"
+        )
     if len(experts.experts) == 1:
         return "one expert alone is its own best merge"
     if {"image_size", "vision_config"} & set(model_config(experts.base.path)):

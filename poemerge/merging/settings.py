@@ -91,6 +91,8 @@ class ParameterSettings:
     rtol: float
     seed: int
     row_blocks: Literal["square"] | None = None
+    overshoot: float = 5.0
+    """How many times as far as the farthest expert Θ may go in a direction, before all of it is held to once."""
 
     @property
     def multiple(self) -> float:

@@ -1,12 +1,13 @@
 """How long the merged delta should be: the part of Θ that is added to the base."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from poemerge.numerics.adapters import Adapter, Adapters
+from poemerge.numerics.spectral import spectral_sq
 
 __all__ = ["length"]
 
@@ -39,7 +40,7 @@ def length(
             return 1.0
         unit_sum = torch.einsum("eoi,e->oi", stack, torch.where(present, 1 / sizes, 0.0).to(stack.dtype))
         agreement = float(torch.linalg.vector_norm(unit_sum).double().square())
-        spectral_sq = _spectral_sq(lambda v: stack @ v, lambda u: stack.mT @ u, stack, len(stack))
+        squares = spectral_sq(lambda v: stack @ v, lambda u: stack.mT @ u, stack, _LANCZOS_STEPS)
     else:
         adapters = deltas if isinstance(deltas, Adapters) else Adapters(deltas)
         norm_sq = adapters.norm_sq()[0]
@@ -52,42 +53,13 @@ def length(
         agreement = float(per_size @ overlaps.sum((1, 3)) @ per_size)
         # The eigenvalues of (BᵀB)(AAᵀ) are the squared singular values of BA.
         products = adapters.left.blocks()[0] @ adapters.right.blocks()[0]
-        spectral_sq = adapters.scaling.square() * torch.linalg.eigvals(products).real.amax(-1).clamp_min(0)
+        squares = adapters.scaling.square() * torch.linalg.eigvals(products).real.amax(-1).clamp_min(0)
     count = int(present.sum())
     effective = min(float(count), count**2 / agreement) if agreement > 0 else float(count)
     weight = base.to(torch.float32)
-    base_sq = float(_spectral_sq(lambda v: weight @ v, lambda u: weight.mT @ u, weight.unsqueeze(0), 1))
-    mean_sq = float(spectral_sq.sum()) / count
+    base_sq = float(spectral_sq(lambda v: weight @ v, lambda u: weight.mT @ u, weight[None], _LANCZOS_STEPS))
+    mean_sq = float(squares.sum()) / count
     if base_sq == 0:
         return 1 / effective
     phi = STRENGTH * mean_sq / base_sq
     return min(1.0, (1 + phi) / (1 + effective * phi))
-
-
-def _spectral_sq(
-    forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor], like: Tensor, count: int
-) -> Float[Tensor, " count"]:
-    """Squared spectral norms, float64: the largest ‖Av‖² over a Krylov space of AᵀA from a fixed start (Lanczos).
-
-    A lower bound that is near enough here, and exact for a rank below the number of steps. Golub and Van Loan, Matrix
-    Computations, 10.4.
-    """
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(like.shape[-1], 1, generator=generator, dtype=torch.float64).to(like).expand(count, -1, -1)
-    vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-    basis = vector.new_zeros(count, like.shape[-1], _LANCZOS_STEPS)
-    images: list[Tensor] = []
-    for step in range(_LANCZOS_STEPS):
-        if step:
-            vector = backward(images[-1])
-            before = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-            for _ in range(2):
-                vector = vector - basis @ (basis.mT @ vector)
-            after = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-            # Nothing but rounding is left where the space is whole.
-            vector = torch.where(after > torch.finfo(like.dtype).eps ** 0.75 * before, vector / after, 0.0)
-        basis[..., step : step + 1] = vector
-        images.append(forward(vector))
-    image = torch.cat(images, -1).double()
-    largest: Tensor = torch.linalg.eigvalsh(image.mT @ image)[:, -1]
-    return largest.clamp_min(0)

@@ -111,6 +111,10 @@ class Factored:
         """Element type of the factors."""
         return self.X.dtype
 
+    def between(self, middle: Float[Tensor, "*batch k l"]) -> "Factored":
+        """`middle` between the same two bases."""
+        return Factored(self._left, middle, self._right)
+
     def pair(self) -> tuple[Float[Tensor, "*batch out k"], Float[Tensor, "*batch in k"]]:
         """Two thin matrices L and R with Θ = L Rᵀ, by as few products as there may be."""
         one, other = self._left, self._right
