@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,36 @@ def test_the_command_tells_of_it(models: dict[str, Path], tmp_path: Path, capsys
     assert "it would take" in json.loads(capsys.readouterr().out)["refinement"]["why"]
     assert main(command) == 0
     assert "predictions in 6 steps: 0." in capsys.readouterr().out
+
+
+def test_experts_under_classifiers_of_their_own_stay_as_they_are_solved(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Their classifiers were trained with them: measured, held to the experts' reach, and not refined."""
+    experts = {}
+    for name in ("one", "two"):
+        folder = experts[name] = tmp_path / name
+        shutil.copytree(models[name], folder)
+        tensors = load_file(folder / "model.safetensors")
+        head = tensors.pop("head.weight")
+        save_file(
+            tensors | {"classifier.weight": head, "classifier.bias": torch.zeros(len(head))},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
+    merged = merge(models["base"], experts, tmp_path / "merged", MergeParams(refinement_steps=STEPS))
+    assert {one["sensitivity"] for one in merged.record["experts"].values()} == {"measured"}
+    assert merged.record["refinement"]["steps"] == 0
+    assert "one has a classifier that was trained with it" in merged.record["refinement"]["why"]
+    base, weights = (
+        load_file(models["base"] / "model.safetensors"),
+        load_file(tmp_path / "merged" / "model.safetensors"),
+    )
+    opened = ExpertSet.open(models["base"], experts)
+    ledger = [json.loads(line) for line in (tmp_path / "merged" / "ledger.jsonl").read_text().splitlines()]
+    solved = [line for line in ledger if line["method"] == "poe"]
+    assert any(line["held"] for line in solved)
+    for line in solved:
+        name = line["name"]
+        reach = max(float(torch.linalg.matrix_norm(opened.delta(one, name), 2)) for one in experts)
+        assert float(torch.linalg.matrix_norm(weights[name] - base[name], 2)) <= reach * (1 + 1e-4), name

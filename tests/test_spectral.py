@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import poemerge
+from poemerge.merging import Selection
+from poemerge.merging.compute import merge_matrices
+from poemerge.merging.settings import resolve
 from poemerge.numerics.adapters import Adapters
 from poemerge.numerics.spectral import farthest, within
+from poemerge.params import MergeParams
 
 LAW = settings(max_examples=30, deadline=None)
 
@@ -74,3 +80,29 @@ def test_two_experts_that_nearly_contradict_each_other() -> None:
     held_back, held = within(theta, bound)
     assert float(torch.linalg.matrix_norm(held_back, 2)) == pytest.approx(bound)
     assert held == 1
+
+
+def test_adapters_are_held_back_as_their_dense_deltas_are() -> None:
+    generator = torch.Generator().manual_seed(2)
+    shared = torch.randn(40, 4, generator=generator)  # outputs that all adapters move, each a little beside the others
+    factors = [
+        (shared + 0.1 * torch.randn(40, 4, generator=generator), torch.randn(4, 24, generator=generator), 0.02)
+        for _ in range(4)
+    ]
+    dense = torch.stack([scaling * b @ a for b, a, scaling in factors])
+    base = torch.randn(1, 40, 24, generator=generator)
+    names = ["one", "two", "three", "four"]
+    settings = replace(resolve(MergeParams(), Selection(), "w", "matrix"), overshoot=1.0)
+
+    def merged(deltas: torch.Tensor | list[tuple[torch.Tensor, torch.Tensor, float]], **changes: float) -> torch.Tensor:
+        (one,) = merge_matrices(
+            ["w"], names, base.clone(), deltas, replace(settings, **changes), False, torch.float32, 4
+        )
+        assert one.weight is not None
+        assert (one.entry["held"] > 0) == ("coefficient" not in changes)
+        return one.weight - base[0]
+
+    theta = merged(factors)
+    torch.testing.assert_close(theta, merged(dense.unsqueeze(0)), atol=1e-5, rtol=0)
+    assert float(torch.linalg.matrix_norm(theta, 2)) <= farthest(dense) * (1 + 1e-5)
+    assert float(torch.linalg.matrix_norm(merged(factors, coefficient=1.0), 2)) > 1.5 * farthest(dense)
