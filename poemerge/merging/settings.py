@@ -91,7 +91,7 @@ class ParameterSettings:
     rtol: float
     seed: int
     row_blocks: Literal["square"] | None = None
-    overshoot: float = 5.0
+    overshoot: float = 6.0
     """How many times as far as the farthest expert Θ may go in a direction, before all of it is held to once."""
 
     @property
