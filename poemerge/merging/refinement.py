@@ -86,7 +86,7 @@ def why_not_refined(experts: ExpertSet, plan: Plan, steps: int, not_measured: Ma
     if not_measured:
         name, reason = min(not_measured.items())
         return f"{name} cannot be asked: {reason}"
-    trained = [name for name, one in sorted(experts.experts.items()) if trained_head(one.private_names())]
+    trained = sorted(name for name, own in plan.private.items() if trained_head(own))
     if trained:
         return (
             f"{trained[0]} has a classifier that was trained with it: nearer to such experts' predictions is no better"

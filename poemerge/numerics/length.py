@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poemerge.numerics.adapters import Adapter, Adapters
-from poemerge.numerics.spectral import spectral_sq
+from poemerge.numerics.spectral import norms_sq, spectral_sq
 
 __all__ = ["length"]
 
@@ -32,17 +32,17 @@ def length(
     Arguments: `deltas` as `poemerge.solve` takes them for one matrix, a delta of zeros counts as absent; `base` is W.
     Returns c in (0, 1]; 1 where all deltas are zero. Spectral norms by Lanczos, in the deltas' own dtype.
     """
-    if isinstance(deltas, Tensor):
-        stack = deltas
+    task_vectors = deltas if isinstance(deltas, Tensor | Adapters) else Adapters(deltas)
+    if isinstance(task_vectors, Tensor):
+        stack = task_vectors
         sizes = torch.linalg.vector_norm(stack, dim=(-2, -1)).double()
         present = sizes > 0
         if not bool(present.any()):
             return 1.0
         unit_sum = torch.einsum("eoi,e->oi", stack, torch.where(present, 1 / sizes, 0.0).to(stack.dtype))
         agreement = float(torch.linalg.vector_norm(unit_sum).double().square())
-        squares = spectral_sq(lambda v: stack @ v, lambda u: stack.mT @ u, stack, _LANCZOS_STEPS)
     else:
-        adapters = deltas if isinstance(deltas, Adapters) else Adapters(deltas)
+        adapters = task_vectors
         norm_sq = adapters.norm_sq()[0]
         present = norm_sq > 0
         if not bool(present.any()):
@@ -51,14 +51,11 @@ def length(
         experts, rank = len(present), adapters.left.gram.shape[-1] // len(present)
         overlaps = (adapters.left.gram[0] * adapters.right.gram[0]).reshape(experts, rank, experts, rank)
         agreement = float(per_size @ overlaps.sum((1, 3)) @ per_size)
-        # The eigenvalues of (BᵀB)(AAᵀ) are the squared singular values of BA.
-        products = adapters.left.blocks()[0] @ adapters.right.blocks()[0]
-        squares = adapters.scaling.square() * torch.linalg.eigvals(products).real.amax(-1).clamp_min(0)
     count = int(present.sum())
     effective = min(float(count), count**2 / agreement) if agreement > 0 else float(count)
     weight = base.to(torch.float32)
     base_sq = float(spectral_sq(lambda v: weight @ v, lambda u: weight.mT @ u, weight[None], _LANCZOS_STEPS))
-    mean_sq = float(squares.sum()) / count
+    mean_sq = float(norms_sq(task_vectors, _LANCZOS_STEPS).sum()) / count
     if base_sq == 0:
         return 1 / effective
     phi = STRENGTH * mean_sq / base_sq

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from poemerge.numerics.adapters import Adapters
 
-__all__ = ["farthest", "spectral_sq", "within"]
+__all__ = ["farthest", "norms_sq", "spectral_sq", "within"]
 
 _STEPS = 24
 """Of Lanczos' method for the bound: exact for an adapter of a lower rank, and dense or factored it is the same."""
@@ -16,13 +16,17 @@ _STEPS = 24
 
 def farthest(deltas: Float[Tensor, "expert out in"] | Adapters) -> float:
     """b = max_i ‖A_i‖₂, the farthest that any expert moved the image of a unit vector."""
-    if isinstance(deltas, Adapters):
-        # The eigenvalues of (BᵀB)(AAᵀ) are the squared singular values of BA.
-        products = deltas.left.blocks()[0] @ deltas.right.blocks()[0]
-        squares = deltas.scaling.square() * torch.linalg.eigvals(products).real.amax(-1)
-    else:
-        squares = spectral_sq(lambda v: deltas @ v, lambda u: deltas.mT @ u, deltas, _STEPS)
-    return float(squares.amax().clamp_min(0).sqrt())
+    return float(norms_sq(deltas, _STEPS).amax().sqrt())
+
+
+def norms_sq(deltas: Float[Tensor, "expert out in"] | Adapters, steps: int) -> Float[Tensor, " expert"]:
+    """‖A_i‖₂² of every expert, float64: exact for adapters, else by `steps` of Lanczos' method."""
+    if isinstance(deltas, Tensor):
+        return spectral_sq(lambda v: deltas @ v, lambda u: deltas.mT @ u, deltas, steps)
+    # The eigenvalues of (BᵀB)(AAᵀ) are the squared singular values of BA.
+    products = deltas.left.blocks()[0] @ deltas.right.blocks()[0]
+    squares: Tensor = deltas.scaling.square() * torch.linalg.eigvals(products).real.amax(-1)
+    return squares.clamp_min(0)
 
 
 def within(theta: Float[Tensor, "out in"], bound: float, overshoot: float = 1.0) -> tuple[Float[Tensor, "out in"], int]:
