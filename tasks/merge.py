@@ -72,6 +72,11 @@ def _report(result: MergeResult, seconds: float) -> StageReport:
         for outcome in ("failed", "step-limit")
         if outcome in record["outcomes"]
     ]
+    if (multiple := refinement.get("multiple", 1)) < 1:
+        warnings.append(
+            f"task vectors too long for one model: whole, their merge is farther from what the experts predict than "
+            f"{multiple:g} of it, which was added. Shorter trainings or smaller rates merge better"
+        )
     if refinement.get("failed"):
         warnings.append(f"not refined: {refinement['why']}")
     said = {name: one["sensitivity"] for name, one in record["experts"].items()}

@@ -1,4 +1,4 @@
-"""Random inputs: words as frequent as Zipf says, special tokens in their places, noise for images."""
+"""Random inputs: words as frequent as Zipf says, special tokens in their places, leaves for images."""
 
 from __future__ import annotations
 
@@ -81,13 +81,17 @@ def test_without_a_tokenizer_all_but_the_padding_is_drawn(tmp_path: Path) -> Non
     assert set(tokens.unique().tolist()) == set(range(50)) - {7}
 
 
-@pytest.mark.parametrize("size", [8, (8, 6)])
-def test_images_are_noise_of_their_size(tmp_path: Path, size: int | tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [32, (32, 24)])
+def test_images_are_heaps_of_leaves(tmp_path: Path, size: int | tuple[int, int]) -> None:
     config = AutoConfig.for_model("vit", image_size=size, num_channels=2)
-    pixels = RandomInputs(tmp_path, config).draw(300, LENGTH, torch.Generator().manual_seed(0))["pixel_values"]
-    assert pixels.shape == (300, 2, 8, 8 if size == 8 else 6)
-    assert float(pixels.mean()) == pytest.approx(0, abs=0.03)
-    assert float(pixels.std()) == pytest.approx(1, abs=0.03)
+    pixels = RandomInputs(tmp_path, config).draw(600, LENGTH, torch.Generator().manual_seed(0))["pixel_values"]
+    assert pixels.shape == (600, 2, 32, 32 if size == 32 else 24)
+    assert float(pixels.mean()) == pytest.approx(0, abs=0.05)
+    assert float(pixels.std()) == pytest.approx(1, abs=0.05)
+    # Neighbours are mostly of one leaf, the ends of an image of two; channels share most of their variance.
+    assert float((pixels[..., 1:] == pixels[..., :-1]).float().mean()) > 0.5
+    assert float((pixels[..., 0] == pixels[..., -1]).float().mean()) < 0.1
+    assert float(torch.corrcoef(pixels.transpose(0, 1).flatten(1))[0, 1]) == pytest.approx(0.8, abs=0.05)
 
 
 def test_the_seed_decides(tmp_path: Path) -> None:

@@ -234,21 +234,55 @@ def test_why_a_merge_is_not_refined(models: dict[str, Path], tmp_path: Path) -> 
         assert why in note["why"]
 
 
-def test_a_vision_model_stays_as_it_is_solved(tmp_path: Path) -> None:
+def _vision_models(folder: Path, size: float, *, agreed: bool = False) -> dict[str, Path]:
+    """A vision transformer and three experts with heads, `size` of its weights' own size away from it, each in a
+    direction of its own or all at the same place."""
     from transformers import ViTConfig, ViTModel
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes)).save_pretrained(tmp_path / "base")
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    for name in ("cats", "dogs"):
-        (tmp_path / name).mkdir()
-        moved = {own: value + 0.01 * torch.randn_like(value) for own, value in tensors.items()}
-        save_file({**moved, "head.weight": torch.randn(3, 16)}, tmp_path / name / "model.safetensors")
-    note = merge(
-        tmp_path / "base", {name: tmp_path / name for name in ("cats", "dogs")}, tmp_path / "m", MergeParams()
-    ).record["refinement"]
-    assert note["steps"] == 0
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ViTModel(ViTConfig(image_size=16, patch_size=8, initializer_range=0.2, **sizes)).save_pretrained(folder / "base")
+    tensors = load_file(folder / "base" / "model.safetensors")
+    for name in ("cats", "dogs", "birds"):
+        (folder / name).mkdir()
+        if agreed:
+            torch.manual_seed(1)
+        moved = {
+            own: value + size * value.std().nan_to_num(0) * torch.randn_like(value) for own, value in tensors.items()
+        }
+        save_file({**moved, "head.weight": torch.randn(3, 16)}, folder / name / "model.safetensors")
+    return {name: folder / name for name in ("base", "cats", "dogs", "birds")}
+
+
+def _added(models: dict[str, Path], merged: Path) -> dict[str, Tensor]:
+    base, weights = (load_file(path / "model.safetensors") for path in (models["base"], merged))
+    return {name: value - base[name] for name, value in weights.items()}
+
+
+def test_long_task_vectors_are_shortened_by_what_the_experts_predict(tmp_path: Path) -> None:
+    models = _vision_models(tmp_path, 2.0)
+    experts = {name: path for name, path in models.items() if name != "base"}
+    merge(models["base"], experts, tmp_path / "solved", MergeParams(refinement_steps=0))
+    note = merge(models["base"], experts, tmp_path / "m", MergeParams()).record["refinement"]
+    assert (note["steps"], note["kept"]) == (0, True)
     assert "images" in note["why"]
+    assert note["multiple"] in {0.5**times for times in range(1, 6)}
+    assert sum(after for _, after in note["divergence"].values()) < sum(was for was, _ in note["divergence"].values())
+    whole, part = (_added(models, tmp_path / name) for name in ("solved", "m"))
+    for name, value in whole.items():
+        share = 1.0 if "embeddings" in name and value.ndim > 1 else note["multiple"]
+        if "pooler" not in name:
+            torch.testing.assert_close(part[name], share * value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_experts_that_agree_stay_whole_to_the_bit_and_so_does_a_given_length(tmp_path: Path) -> None:
+    for agreed, settings in ((True, {}), (False, {"coefficient": 1.0})):
+        models = _vision_models(tmp_path / str(agreed), 0.5, agreed=agreed)
+        experts = {name: path for name, path in models.items() if name != "base"}
+        solved = merge(models["base"], experts, tmp_path / "solved", MergeParams(refinement_steps=0, **settings))
+        merged = merge(models["base"], experts, tmp_path / "m", MergeParams(**settings))
+        assert merged.record["refinement"]["multiple"] == 1
+        assert merged.record["digest"] == solved.record["digest"]
 
 
 def test_stage_and_report_tell_of_it(models: dict[str, Path], tmp_path: Path) -> None:

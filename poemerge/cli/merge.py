@@ -76,7 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--refinement-steps",
         type=int,
         metavar="N",
-        help="once solved: steps down the divergence from all experts' predictions; default 96, 0 for none",
+        help="once solved: steps down the divergence from all experts' predictions; default 96, 0: as solved",
     )
     parser.add_argument("--include", action="append", metavar="GLOB", help="parameters to merge; default: all")
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="parameters that stay at the base")
@@ -256,13 +256,14 @@ def _show_result(args: argparse.Namespace, result: MergeResult, seconds: float) 
     for name, one in record["experts"].items():
         if one["lacks"]:
             print(f"  {name} lacks {len(one['lacks'])} of the base's parameters ({', '.join(one['lacks'][:3])} …)")
-    if (refinement := record["refinement"])["steps"]:
+    refinement = record["refinement"]
+    if (multiple := refinement.get("multiple", 1)) < 1:
+        print(f"  too long for its experts as it was solved: {multiple:g} of it was added")
+    if refinement["steps"] or multiple < 1:
         before, after = mean_divergence(refinement)
         kept = "" if refinement["kept"] else ", not kept"
-        print(
-            f"  mean divergence from the experts' predictions in {refinement['steps']} steps: "
-            f"{before:.3f} to {after:.3f}{kept}"
-        )
+        steps = f" in {refinement['steps']} steps" if refinement["steps"] else ""
+        print(f"  mean divergence from the experts' predictions{steps}: {before:.3f} to {after:.3f}{kept}")
     print(f"  digest {record['digest'][:12]}")
 
 
@@ -270,10 +271,11 @@ def _show_plan(args: argparse.Namespace, checkpoints: ExpertSet, plan: Plan, ref
     import json
 
     from poemerge.merging.estimate import estimate
-    from poemerge.merging.refinement import why_not_refined
+    from poemerge.merging.refinement import why_not_asked, why_not_refined
 
-    why = why_not_refined(checkpoints, plan, refinement_steps, plan.not_measured)
-    cost = estimate(checkpoints, plan, 0 if why else refinement_steps)
+    unasked = why_not_asked(checkpoints, plan, refinement_steps, plan.not_measured)
+    why = unasked or why_not_refined(checkpoints, plan)
+    cost = estimate(checkpoints, plan, None if unasked else 0 if why else refinement_steps)
     rules = {action: plan.names(action) for action in ("merged", "averaged", "left_at_base")}
     document = {
         "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in plan.shards],

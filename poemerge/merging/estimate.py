@@ -33,18 +33,19 @@ class Cost:
     rates: Mapping[str, float]
 
 
-def estimate(experts: ExpertSet, plan: Plan, refinement_steps: int = 0) -> Cost:
+def estimate(experts: ExpertSet, plan: Plan, refinement_steps: int | None = None) -> Cost:
     """Cost of `plan`: reading, solving and writing overlap, so the longest of them counts; measuring experts that no
-    earlier merge has measured comes before, and refining after.
+    earlier merge has measured comes before, and asking and refining by `refinement_steps` (None: neither) after.
 
     Takes about a tenth of a second: a piece of the base is read, and one product of matrices timed.
     """
     read = _read_rate(experts)
     flops = _flop_rate() * processors()
     seconds = max(plan.bytes_read / read, plan.flops / flops, plan.bytes_written / _WRITE_RATE)
-    seconds += (measuring_flops(experts, plan) + refinement_flops(experts, plan, refinement_steps)) / flops
+    asking = 0.0 if refinement_steps is None else refinement_flops(experts, plan, refinement_steps)
+    seconds += (measuring_flops(experts, plan) + asking) / flops
     under_way = min(plan.max_memory, sum(unit.memory for units in plan.order for unit in units))
-    refining = refinement_memory(experts) if refinement_steps else 0
+    refining = 0 if refinement_steps is None else refinement_memory(experts)
     peak = _PROCESS + max(under_way, plan.largest_unit, refining)
     return Cost(peak, seconds, {"read_bytes": read, "flops": flops, "write_bytes": _WRITE_RATE})
 

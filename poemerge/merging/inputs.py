@@ -1,4 +1,4 @@
-"""Random inputs for a network of which only the folder is known: tokens as frequent as words are, noise for images."""
+"""Random inputs for a network of which only the folder is known: words as frequent as words are, leaves for images."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ _MARKS = re.compile("^(##|[Ġ▁ ])|</w>$")
 
 _OFFSET = 6.0
 
+_LEAVES = 100
+"""That fall on an image: by then next to nothing of the ground is seen."""
+
+_SMALLEST, _LARGEST = 1 / 20, 1 / 2
+"""Radii of leaves, in parts of the image's shorter side."""
+
+_GREY = 0.8
+"""The part of the colours' variance that all channels share, as those of photographs share most of theirs."""
+
 
 class RandomInputs:
     """What the network in `folder` may be asked: texts or, where `config` has an image_size, images.
@@ -28,7 +37,12 @@ class RandomInputs:
     to the rare. An expert that was trained with its embeddings has left in them which tokens it met: given how far it
     moved each, ‖δ‖, what is drawn is p ∝ ‖δ‖²√f, and tokens that are no words count as words of the first rank. Where
     there is no tokenizer, or few of its tokens are words, f is the same for every token. Special tokens stand where the
-    tokenizer puts them, and nowhere else. Pixels are normal noise, as normalised images have.
+    tokenizer puts them, and nowhere else.
+
+    An image is a heap of dead leaves: discs of one colour each that hide what lies below, the density of their radii
+    falling with the third power. Its edges, its occlusions and its 1/f spectrum are those of photographs, which noise
+    of independent pixels has none of (Ruderman, Vision Research 37, 1997; Lee, Mumford and Huang, IJCV 41, 2001).
+    Pixels have mean 0 and variance 1, as normalised images do.
     """
 
     def __init__(self, folder: Path, config: Any, moved: Tensor | None = None) -> None:
@@ -52,13 +66,30 @@ class RandomInputs:
         A text has `length` tokens, special ones included, or as many as the network has positions.
         """
         if self._shape is not None:
-            return {"pixel_values": torch.randn(count, *self._shape, generator=generator)}
+            return {"pixel_values": _dead_leaves(count, self._shape, generator)}
         length = min(length, self._longest or length)
         inner = max(1, length - len(self._before) - len(self._after))
         words = torch.multinomial(self._chances, count * inner, replacement=True, generator=generator)
         edges = [torch.tensor(own, dtype=torch.long).expand(count, -1) for own in (self._before, self._after)]
         tokens = torch.cat([edges[0], words.view(count, inner), edges[1]], dim=1)[:, :length]
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _dead_leaves(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """`[count, channel, height, width]` float32."""
+    channels, height, width = shape
+    least, most = (part * min(height, width) for part in (_SMALLEST, _LARGEST))
+    u, y, x = torch.rand(3, count, _LEAVES, 1, 1, generator=generator)
+    radii_sq = 1 / (least**-2 - (least**-2 - most**-2) * u)
+    down = (torch.arange(height).view(-1, 1) + 0.5 - y * height).square()
+    across = (torch.arange(width) + 0.5 - x * width).square()
+    seen = torch.zeros(count, height, width, dtype=torch.long)  # 0 is the ground
+    for leaf in range(_LEAVES):
+        seen.masked_fill_(down[:, leaf] + across[:, leaf] < radii_sq[:, leaf], leaf + 1)
+    shared, own = (torch.randn(count, n, _LEAVES + 1, generator=generator) for n in (1, channels))
+    colours = _GREY**0.5 * shared + (1 - _GREY) ** 0.5 * own
+    pixels: Tensor = colours.gather(2, seen.view(count, 1, -1).expand(-1, channels, -1)).view(count, *shape)
+    return pixels
 
 
 def _tokenizer(folder: Path) -> Any:

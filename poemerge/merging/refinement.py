@@ -1,9 +1,9 @@
 """From the solved merge downhill on what it costs each expert's predictions: the energy that the solver expands.
 
-E_i(Θ) = E_x [KL(p_i(·|x) ‖ p_Θ(·|x)) + β‖h_i(x) − h_Θ(x)‖²] over random inputs x, h being what the head reads, and
-Σ_i E_i is the product's energy before anything is approximated: the solver's Kronecker precisions are the divergence's
-second derivatives where an expert lies, and the merge lies between them. The second term tells more of the same: on
-random words a head reads few of the directions that it reads on texts.
+E_i(Θ) = E_x [KL(p_i(·|x) ‖ p_Θ(·|x)) + β‖h_i(x) − h_Θ(x)‖²] over random inputs x, h being the direction of what the
+head reads, and Σ_i E_i is the product's energy before anything is approximated: the solver's Kronecker precisions are
+the divergence's second derivatives where an expert lies, and the merge lies between them. The second term tells more
+of the same: on random words a head reads few of the directions that it reads on texts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ from poemerge.merging.predictor import Predictor, in_one_line, trained_head
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import processors, single_threaded
 
-__all__ = ["NetworkError", "mean_divergence", "refine", "refinement_flops", "refinement_memory", "why_not_refined"]
+__all__ = [
+    "NetworkError",
+    "mean_divergence",
+    "refine",
+    "refinement_flops",
+    "refinement_memory",
+    "why_not_asked",
+    "why_not_refined",
+]
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +49,11 @@ _CHECKS = 8
 """Batches of inputs that judge the outcome and are not used on the way."""
 
 _READING = 0.1
-"""β: nats that a squared distance of 1 between two readings is worth; those of our own heads are unit vectors."""
+"""β: nats that a squared distance of 1 between two readings, as unit vectors, is worth."""
+
+_SHORTER = 0.5
+_SHORTEST = 1 / 32
+"""Where the solved merge is too long it is halved for as long as that brings it nearer, down to this part of it."""
 
 _RATE = 0.018
 """The first step of an entry, in parts of the root mean square of what the merge added to its tensor."""
@@ -77,8 +89,8 @@ def _asking() -> Iterator[None]:
             raise NetworkError(in_one_line(error)) from error
 
 
-def why_not_refined(experts: ExpertSet, plan: Plan, steps: int, not_measured: Mapping[str, str]) -> str | None:
-    """Why a merge stays as it is solved; None for one that is refined."""
+def why_not_asked(experts: ExpertSet, plan: Plan, steps: int, not_measured: Mapping[str, str]) -> str | None:
+    """Why no expert is asked what it makes of the merge, which stays as it is solved; None where all are."""
     if steps == 0:
         return "off"
     if not any(p.minded for p in plan.parameters):
@@ -86,42 +98,52 @@ def why_not_refined(experts: ExpertSet, plan: Plan, steps: int, not_measured: Ma
     if not_measured:
         name, reason = min(not_measured.items())
         return f"{name} cannot be asked: {reason}"
-    trained = sorted(name for name, own in plan.private.items() if trained_head(own))
-    if trained:
-        return (
-            f"{trained[0]} has a classifier that was trained with it: nearer to such experts' predictions is no better"
-        )
     if len(experts.experts) == 1:
         return "one expert alone is its own best merge"
-    if {"image_size", "vision_config"} & set(model_config(experts.base.path)):
-        return "its inputs are images: whether noise judges their predictions well was never measured"
     if (needed := refinement_memory(experts)) > plan.max_memory:
         return f"it would take {needed:,} bytes of merge.max_memory, which is {plan.max_memory:,}"
     return None
 
 
+def why_not_refined(experts: ExpertSet, plan: Plan) -> str | None:
+    """Why a merge whose experts are asked takes no steps towards what they predict; None where it does."""
+    trained = sorted(name for name, own in plan.private.items() if trained_head(own))
+    if trained:
+        return (
+            f"{trained[0]} has a classifier that was trained with it: nearer to such experts' predictions is no better"
+        )
+    if {"image_size", "vision_config"} & set(model_config(experts.base.path)):
+        return "its inputs are images: nearer to the experts' predictions on random ones is no better"
+    return None
+
+
 def refinement_memory(experts: ExpertSet) -> int:
-    """Bytes that refining takes at most."""
+    """Bytes that asking the experts, and refining, takes at most."""
     return _ROOM * sum(4 * math.prod(experts.base.shape(name)) for name in experts.base.names())
 
 
 def refinement_flops(experts: ExpertSet, plan: Plan, steps: int) -> float:
-    """Floating-point operations of refining: 2 a weight and token forward, 4 backward."""
+    """Floating-point operations of asking the experts and of refining by `steps`: 2 a weight and token forward, 4
+    backward."""
     weights = sum(p.entries for p in plan.parameters if p.minded)
-    passes = 6.0 * steps + 2.0 * (steps + 3 * _CHECKS) if steps else 0.0
+    passes = 6.0 * steps + 2.0 * (steps + 4 * _CHECKS)
     return passes * weights * len(experts.experts) * _INPUTS * _TOKENS
 
 
 def refine(
     experts: ExpertSet, plan: Plan, staging: Staging, steps: int, told: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
-    """Refine the merge whose shards all lie in `staging`, and put it into their place; returns what merge.json says.
+    """Shorten and refine the merge whose shards all lie in `staging`, and put it into their place; returns what
+    merge.json says. No step is taken where `why_not_refined` has a reason.
 
     Every linear layer, bias and norm that the merge changed takes `steps` steps of Adam down Σ_i KL(p_i ‖ p_Θ), in
-    float32 on the CPU, on 16 new random inputs of every expert at every step. Where other inputs say that nothing was
-    won, the merge stays as it was solved. `told(step)` is called after each step. Every expert must have a head.
-    Raises NetworkError where a network fails; the merge is then as it was solved.
+    float32 on the CPU, on 16 new random inputs of every expert at every step. What the merge added to them is first
+    halved for as long as that lowers the divergence on other inputs, unless a coefficient was given. Where those say
+    in the end that nothing was won, the merge stays as it was solved. `told(step)` is called after each step. Every
+    expert must have a head. Raises NetworkError where a network fails; the merge is then as it was solved.
     """
+    why = why_not_refined(experts, plan)
+    steps = 0 if why else steps
     weights = _weights(plan, staging)
     movable = {p.name for p in plan.parameters if p.action != "left_at_base" and experts.rule(p.name) != "embedding"}
     reach = {
@@ -134,23 +156,34 @@ def refine(
         panels = list(pool.map(lambda own: _Panel(experts, own, weights, steps), parts))
         before = _merged(pool.map(_Panel.judge, panels))
         solved = {name: weights[name].clone() for name in reach}
-        _descend(pool, panels, {name: size for name, size in reach.items() if size > 0}, steps, told)
-        after = _merged(pool.map(_Panel.judge, panels))
+        multiple = 1.0
+        if not any(p.settings and p.settings.coefficient is not None for p in plan.parameters if p.minded):
+            multiple = _halve(pool, panels, experts, weights, solved, sum(before.values()))
+        if steps:
+            _descend(pool, panels, {name: multiple * size for name, size in reach.items() if size > 0}, steps, told)
+        after = _merged(pool.map(_Panel.judge, panels)) if steps or multiple < 1 else before
     kept = sum(after.values()) < sum(before.values())
     moved = {name: _distance(weights[name], value, reach[name]) for name, value in solved.items() if kept}
     moved = {name: distance for name, distance in moved.items() if distance > 0}
-    record = {
+    record: dict[str, Any] = {
         "steps": steps,
+        **({"why": why} if why else {}),
         "kept": kept,
+        "multiple": multiple if kept else 1.0,
         "divergence": {name: [round(before[name], 6), round(after[name], 6)] for name in names},
     }
-    log.info("divergence from the experts' predictions: %.4f, refined %.4f", *mean_divergence(record))
+    log.info(
+        "divergence from the experts' predictions: %.4f as solved, %.4f in %d steps from %g of it",
+        *mean_divergence(record),
+        steps,
+        multiple,
+    )
     staging.record_refinement(_write(plan, staging, weights, set(moved)) if kept else {}, moved, record)
     return record
 
 
 def mean_divergence(note: Mapping[str, Any]) -> tuple[float, float]:
-    """Over the experts, before and after, of a refinement that was made; `note` is what merge.json says of it."""
+    """Over the experts, as solved and as kept; `note` is what merge.json says of a merge that they were asked about."""
     before, after = zip(*note["divergence"].values(), strict=True)
     return sum(before) / len(before), sum(after) / len(after)
 
@@ -204,6 +237,8 @@ class _Panel:
         predictor = self._predictors[name]
         read = None if predictor.head is None else predictor.reading(inputs)
         logits = predictor.logits(inputs) if read is None else predictor.under_head(read)
+        if read is not None and "pixel_values" in inputs:  # others are unit vectors as they are read
+            read = torch.nn.functional.normalize(read, dim=-1)
         return _Answer(torch.log_softmax(logits, -1), read)
 
     def judge(self) -> dict[str, float]:
@@ -228,6 +263,38 @@ class _Panel:
         for name in found:
             self.parameters[name].grad = None
         return found
+
+
+def _halve(
+    pool: ThreadPoolExecutor,
+    panels: Sequence[_Panel],
+    experts: ExpertSet,
+    weights: Mapping[str, Tensor],
+    solved: Mapping[str, Tensor],
+    divergence: float,
+) -> float:
+    """Leave the `solved` weights at the last of c = 1, 1/2, 1/4 … of what the merge added at which the divergence still
+    fell, and return c.
+
+    Where task vectors are long, the mode lies where none of the expansions about the experts is true any more, and can
+    be farther from them all than the base is. The descent's own steps are too short to come back from there.
+    """
+
+    def shorten(multiple: float) -> None:
+        for name, value in solved.items():
+            weights[name].copy_(value)
+            if multiple < 1:
+                weights[name].lerp_(experts.base.read(name).float(), 1 - multiple)
+
+    multiple = 1.0
+    while multiple > _SHORTEST:
+        shorten(_SHORTER * multiple)
+        shorter = sum(_merged(pool.map(_Panel.judge, panels)).values())
+        if not shorter < divergence:
+            shorten(multiple)
+            break
+        multiple, divergence = _SHORTER * multiple, shorter
+    return multiple
 
 
 def _descend(

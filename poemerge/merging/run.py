@@ -14,7 +14,7 @@ from poemerge.merging.engine import Job, Progress, open_job, run_shards
 from poemerge.merging.identity import input_identities
 from poemerge.merging.output import write_companions
 from poemerge.merging.plan import Plan
-from poemerge.merging.refinement import NetworkError, refine, why_not_refined
+from poemerge.merging.refinement import NetworkError, refine, why_not_asked
 from poemerge.merging.sensitivity import gather
 from poemerge.merging.settings import Selection
 from poemerge.merging.staging import Staging, check_output, job_key
@@ -107,8 +107,8 @@ def _refinement(
     not_measured: Mapping[str, str],
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Refine the merge where that can be; what merge.json says of it."""
-    why = why_not_refined(experts, plan, steps, not_measured)
+    """Shorten and refine the merge where the experts can be asked; what merge.json says of it."""
+    why = why_not_asked(experts, plan, steps, not_measured)
     if why is not None:
         return {"steps": 0, "why": why}
 

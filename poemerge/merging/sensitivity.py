@@ -2,7 +2,7 @@
 
 A task vector says in which directions an expert moved, not which others its predictions depend on: for an adapter
 these are far more than its rank. The covariance S of the gradients at a layer's outputs says it (one factor of K-FAC's
-Fisher matrix, Martens and Grosse, https://arxiv.org/abs/1503.05671), and random tokens or noise show it well enough.
+Fisher matrix, Martens and Grosse, https://arxiv.org/abs/1503.05671), and random inputs show it well enough.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["Sensitivities", "columns", "gather", "measure", "measuring_flops", "
 
 log = logging.getLogger(__name__)
 
-_VERSION = 5
+_VERSION = 6
 """Raised when the measurement changes: what is kept of earlier ones is then measured again."""
 
 _INPUTS = 256
@@ -181,8 +181,9 @@ def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
     g is the gradient at the layer's outputs of the log-likelihood of the expert `name`; above 2048 outputs F is
     a sketch of 512 columns, which has that product in expectation.
 
-    256 inputs of 32 random tokens (or normal noise in place of an image) go through the expert in float32 on one thread
-    of the CPU. At its logits the gradient is drawn from N(0, diag p − p pᵀ), the Fisher matrix of its prediction p.
+    256 inputs of 32 random tokens (heaps of leaves in place of an image) go through the expert in float32 on one
+    thread of the CPU. At its logits the gradient is drawn from N(0, diag p − p pᵀ), the Fisher matrix of its prediction
+    p.
     Raises what `Predictor` raises, ValueError where no linear layer is a matrix of the base.
     """
     log.info("%s: measuring what its predictions are sensitive to", name)

@@ -53,7 +53,9 @@ def _selected(merge: Mapping[str, Any]) -> str:
         text += f"{settings.get('scale_factor')}, prior {settings.get('prior')} {settings.get('prior_precision')}, "
         text += f"{length}."
     refinement = merge.get("refinement", {})
-    if refinement.get("kept"):
+    if (multiple := refinement.get("multiple", 1)) < 1:
+        text += f" Too long for its experts as it was solved: {multiple:g} of it was added."
+    if refinement.get("kept") and refinement["steps"]:
         before, after = mean_divergence(refinement)
         text += f" Refined by {refinement['steps']} steps: the mean divergence from the experts' predictions on random "
         text += f"texts fell from {before:.3f} to {after:.3f}."
