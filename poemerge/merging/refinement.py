@@ -1,9 +1,10 @@
 """From the solved merge downhill on what it costs each expert's predictions: the energy that the solver expands.
 
-E_i(Θ) = E_x [KL(p_i(·|x) ‖ p_Θ(·|x)) + β‖h_i(x) − h_Θ(x)‖²] over random inputs x, h being the direction of what the
-head reads, and Σ_i E_i is the product's energy before anything is approximated: the solver's Kronecker precisions are
-the divergence's second derivatives where an expert lies, and the merge lies between them. The second term tells more
-of the same: on random words a head reads few of the directions that it reads on texts.
+E_i(Θ) = E_x [KL(p_i(·|x) ‖ p_Θ(·|x)) + β‖h_i(x) − h_Θ(x)‖²] over random inputs x, h being what the head reads, and
+Σ_i E_i is the product's energy before anything is approximated: the solver's Kronecker precisions are the divergence's
+second derivatives where an expert lies, and the merge lies between them. The second term tells more of the same: on
+random words a head reads few of the directions that it reads on texts. The divergence alone says first whether the
+merge is too long.
 """
 
 from __future__ import annotations
@@ -49,11 +50,10 @@ _CHECKS = 8
 """Batches of inputs that judge the outcome and are not used on the way."""
 
 _READING = 0.1
-"""β: nats that a squared distance of 1 between two readings, as unit vectors, is worth."""
+"""β: nats that a squared distance of 1 between two readings is worth; those of our own heads are unit vectors."""
 
-_SHORTER = 0.5
 _SHORTEST = 1 / 32
-"""Where the solved merge is too long it is halved for as long as that brings it nearer, down to this part of it."""
+"""A solved merge that is too long is halved for as long as that brings it nearer, down to this part of it."""
 
 _RATE = 0.018
 """The first step of an entry, in parts of the root mean square of what the merge added to its tensor."""
@@ -237,8 +237,6 @@ class _Panel:
         predictor = self._predictors[name]
         read = None if predictor.head is None else predictor.reading(inputs)
         logits = predictor.logits(inputs) if read is None else predictor.under_head(read)
-        if read is not None and "pixel_values" in inputs:  # others are unit vectors as they are read
-            read = torch.nn.functional.normalize(read, dim=-1)
         return _Answer(torch.log_softmax(logits, -1), read)
 
     def judge(self) -> dict[str, float]:
@@ -288,12 +286,12 @@ def _halve(
 
     multiple = 1.0
     while multiple > _SHORTEST:
-        shorten(_SHORTER * multiple)
+        shorten(multiple / 2)
         shorter = sum(_merged(pool.map(_Panel.judge, panels)).values())
         if not shorter < divergence:
             shorten(multiple)
             break
-        multiple, divergence = _SHORTER * multiple, shorter
+        multiple, divergence = multiple / 2, shorter
     return multiple
 
 
