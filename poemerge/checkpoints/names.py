@@ -19,6 +19,9 @@ _EMBEDDING = re.compile(
     r"(^|[._])(embed\w*|wte|wpe|shared|word_embeddings|cls_token|class_embedding|mask_token|pos_embed|relative_attention_bias"
     r"|lm_head)([._]|$)|embedding"
 )
+_PATCHES = re.compile(r"(^|[._])patch_?(embed|proj)\w*\.(?!.*pos)")
+"""What projects patches of an image is called an embedding and is a linear layer: its inputs are pixels, no rows are
+looked up."""
 _NORM = re.compile(r"(^|[._])(\w*norm\w*|ln\d*|ln_\w+)([._]|$)", re.IGNORECASE)
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
 
@@ -100,7 +103,7 @@ def rule_of(name: str, shape: Sequence[int], dtype: torch.dtype) -> Rule:
         return "base"
     if len([size for size in shape if size != 1]) < 2 or _NORM.search(name):
         return "vector"
-    if _EMBEDDING.search(name):
+    if _EMBEDDING.search(name) and not _PATCHES.search(name):
         return "embedding"
     return "matrix" if len(shape) == 2 or (len(shape) == 3 and "expert" in name) else "vector"
 
