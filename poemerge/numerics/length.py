@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poemerge.numerics.adapters import Adapter, Adapters
-from poemerge.numerics.spectral import norms_sq, spectral_sq
+from poemerge.numerics.spectral import norms_sq
 
 __all__ = ["length"]
 
@@ -53,8 +53,7 @@ def length(
         agreement = float(per_size @ overlaps.sum((1, 3)) @ per_size)
     count = int(present.sum())
     effective = min(float(count), count**2 / agreement) if agreement > 0 else float(count)
-    weight = base.to(torch.float32)
-    base_sq = float(spectral_sq(lambda v: weight @ v, lambda u: weight.mT @ u, weight[None], _LANCZOS_STEPS))
+    base_sq = float(norms_sq(base.to(torch.float32).unsqueeze(0), _LANCZOS_STEPS))
     mean_sq = float(norms_sq(task_vectors, _LANCZOS_STEPS).sum()) / count
     if base_sq == 0:
         return 1 / effective
