@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,19 @@ class Served:
         return url
 
     def ask(self, path: str, question: dict[str, Any]) -> Any:
+        """What the server answers; asked again where it is busy, as Prefect's own client asks (503, no answer)."""
         body = json.dumps(question).encode()
         request = urllib.request.Request(f"{self.api}{path}", body, {"Content-Type": "application/json"})
+        deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=60) as response:
                     return json.loads(response.read() or b"null")
-            except urllib.error.HTTPError as error:
-                if error.code != 503:  # SQLite is busy: Prefect's own client asks again too
-                    raise
+            except (urllib.error.HTTPError, TimeoutError) as error:
+                busy = isinstance(error, TimeoutError) or error.code == 503
+                if not busy or time.monotonic() > deadline:
+                    log = self.project.state / "logs" / "prefect.log"
+                    raise AssertionError(f"{path} {question}: {error}\n{log.read_text()}") from error
                 time.sleep(1.0)
 
     def runs(self, deployment: str, *states: str) -> list[dict[str, Any]]:
@@ -82,7 +87,9 @@ class Served:
     def start_run(self, deployment: str, parameters: dict[str, Any]) -> None:
         """A run of a deployment, as a click on Prefect's page starts it."""
         (known,) = self.ask("/deployments/filter", {"deployments": {"name": {"any_": [deployment]}}})
-        self.ask(f"/deployments/{known['id']}/create_flow_run", {"parameters": parameters, "state": SCHEDULED})
+        # Asked again, it is the same run.
+        run = {"parameters": parameters, "state": SCHEDULED, "idempotency_key": uuid.uuid4().hex}
+        self.ask(f"/deployments/{known['id']}/create_flow_run", run)
 
     def wait(self, what: str, happened: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + PATIENCE
