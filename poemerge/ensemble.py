@@ -119,11 +119,13 @@ def _noise(
     transposed = experts.transposed(name)
     rows = deltas.shape[-1 if transposed else -2]
     known = minded.read(name, experts.touching(name), rows) if settings.side == "both" else None
-    solution = solve_as_merged(deltas.mT if transposed else deltas, settings, known)
+    base = experts.base.read(name)
+    stack, weights = (deltas.mT, base.mT) if transposed else (deltas, base)
+    solution = solve_as_merged(stack, settings, known, weights)
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     draws = solution.posterior.sample(count, generator=generator)
     assert isinstance(draws, Tensor)  # the deltas were dense
-    settings = with_length(settings, deltas, experts.base.read(name), known)
+    settings = with_length(settings, deltas, base, known)
     noise = settings.multiple * (draws - solution.dense()).float()
     return (noise.mT if transposed else noise).contiguous()
 

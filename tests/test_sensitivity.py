@@ -17,7 +17,7 @@ from poemerge.errors import BadInputError, CheckpointError
 from poemerge.merging import merge, prepare
 from poemerge.merging import sensitivity as module
 from poemerge.merging.sensitivity import gather, measure, why_not
-from poemerge.numerics.breadth import breadth
+from poemerge.numerics.breadth import breadth, breadth_of_factors
 from poemerge.params import MergeParams
 from tests.tiny import make_base, make_full_expert, make_lora_expert
 
@@ -40,7 +40,7 @@ def test_theta_is_stationary_under_the_mean_of_both_output_grams(
     unit = deltas / torch.linalg.vector_norm(deltas, dim=(1, 2), keepdim=True)
     minded = factor / torch.linalg.vector_norm(factor, dim=(1, 2), keepdim=True)
     left, right = (unit @ unit.mT + minded @ minded.mT) / 2, unit.mT @ unit
-    share = (1 - breadth(deltas) if pooling is None else torch.full((4,), pooling).double())[:, None, None]
+    share = 0.1 if pooling is None else pooling  # what they tell is everything
     right = (1 - share) * right + share * right.mean(0)
     weights, theta = solution.weights[:, None, None], solution.dense()
     pull = (weights * (left @ (theta - deltas) @ right)).sum(0) + solution.prior_precision * theta
@@ -299,25 +299,34 @@ def test_an_expert_of_no_numbers_is_named_by_the_merge_itself(models: dict[str, 
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(("rows", "columns"), [(12, 7), (7, 12), (9, 9)])
-def test_the_input_gram_counts_by_how_much_the_task_vector_tells(rows: int, columns: int) -> None:
+def test_the_input_gram_counts_by_how_much_the_task_vector_tells(rows: int, columns: int, known: bool) -> None:
     deltas, factor = _random(3, rows, columns), _random(3, rows, 4, seed=1)
-    deltas[0] = deltas[0][:, :1] @ deltas[0][:1]  # an expert of rank 1, and one of unknown sensitivity
-    factor[2] = 0
-    values = torch.linalg.svdvals(deltas)
-    share = values.sum(-1).square() / values.square().sum(-1) / min(rows, columns)
-    assert float(share[0]) == pytest.approx(1 / min(rows, columns))
-    torch.testing.assert_close(breadth(deltas), share)
-    expected = torch.stack([1 - share[0], 1 - share[1], torch.tensor(0.5, dtype=share.dtype)])
-    solution = poemerge.solve(deltas, sensitivity=factor, **BOTH)
+    deltas[0] = deltas[0][:, :2] @ deltas[0][:2]  # an expert of rank 2, and one that moved nothing
+    deltas[1] = 0
+    d = min(rows, columns)
+    torch.testing.assert_close(breadth(deltas), torch.tensor([2 / d, 0, 1], dtype=torch.float64))
+    solution = poemerge.solve(deltas, sensitivity=factor if known else None, **BOTH)
     assert isinstance(solution.posterior.pooling, torch.Tensor)
+    expected = torch.tensor([1 - 2 / d, 1, 0.1], dtype=torch.float64)
     torch.testing.assert_close(solution.posterior.pooling, expected)
 
 
-def test_breadth_of_an_adapter_is_not_the_rounding_of_its_densified_form() -> None:
+def test_breadth_of_an_adapter_is_its_rank_and_not_the_rounding_of_its_densified_form() -> None:
     b, a = _random(2, 96, 4).float(), _random(2, 4, 64, seed=1).float()
-    precise = breadth(b.double() @ a.double())
-    assert bool((precise <= 4 / 64).all())
-    torch.testing.assert_close(breadth(b @ a), precise, rtol=1e-4, atol=0)
+    expected = torch.full((2,), 4 / 64, dtype=torch.float64)
+    for scale in (1.0, 1e-30):
+        torch.testing.assert_close(breadth(scale * b @ a), expected)
+        torch.testing.assert_close(breadth_of_factors(scale * b, a.mT, 64), expected)
     assert breadth(torch.zeros(2, 5, 3)).tolist() == [0.0, 0.0]
-    torch.testing.assert_close(breadth(1e-30 * b @ a), precise, rtol=1e-4, atol=0)
+
+
+def test_adapters_of_unlike_ranks_are_shrunk_as_their_dense_matrices_are() -> None:
+    adapters = [(_random(60, r, seed=r), _random(r, 70, seed=r + 9), 0.7) for r in (1, 3, 6)]
+    thin, dense = (
+        poemerge.solve(adapters, **BOTH),
+        poemerge.solve(torch.stack([s * b @ a for b, a, s in adapters]), **BOTH),
+    )
+    torch.testing.assert_close(thin.posterior.pooling, torch.tensor([59, 57, 54], dtype=torch.float64) / 60)
+    torch.testing.assert_close(thin.dense(), dense.dense(), rtol=1e-5, atol=1e-7)

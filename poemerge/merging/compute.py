@@ -17,7 +17,9 @@ from poemerge.checkpoints import ExpertSet, Loaded
 from poemerge.errors import NumericsError
 from poemerge.merging.settings import ELEMENTWISE, SOLVED, ParameterSettings
 from poemerge.numerics.adapters import Adapters
+from poemerge.numerics.breadth import breadth, pooling_by_breadth
 from poemerge.numerics.length import length
+from poemerge.numerics.rounding import rounding_edge
 from poemerge.numerics.solution import Factored
 from poemerge.numerics.spectral import farthest, within
 
@@ -204,8 +206,18 @@ def merge_matrices(
     return [Merged(one.weight, {**one.entry, "seconds": seconds}) for one in results]
 
 
-def solve_as_merged(deltas: Any, settings: ParameterSettings, sensitivity: Tensor | None = None) -> poemerge.Solution:
-    """`poemerge.solve` of one matrix, a batch of them, or adapters, as the settings say."""
+def solve_as_merged(
+    deltas: Any, settings: ParameterSettings, sensitivity: Tensor | None = None, weights: Tensor | None = None
+) -> poemerge.Solution:
+    """`poemerge.solve` of one matrix, a batch of them, or adapters, as the settings say.
+
+    `weights` `[*batch, out, in]` are the base's: with them, what the rounding of a stored checkpoint made of a task
+    vector is not taken for something that it tells.
+    """
+    pooling: float | Tensor | None = settings.pooling
+    if weights is not None and pooling is None and settings.side == "both" and settings.row_blocks is None:
+        edge = torch.stack([rounding_edge(one + weights.to(one.dtype)) for one in deltas.unbind(-3)], -1)
+        pooling = pooling_by_breadth(breadth(deltas, edge=edge)) if bool(edge.any()) else None
     return poemerge.solve(
         deltas,
         expert=settings.family,
@@ -215,7 +227,7 @@ def solve_as_merged(deltas: Any, settings: ParameterSettings, sensitivity: Tenso
         prior=settings.prior,
         prior_precision=settings.prior_precision,
         side=settings.side,
-        pooling=settings.pooling,
+        pooling=pooling,
         max_steps=settings.max_steps,
         rtol=settings.rtol,
         sensitivity=sensitivity,
@@ -249,7 +261,8 @@ def _dense(
         )
         return Merged(weight, _joined([one.entry for one in slices], experts))
     if settings.method == "poe":
-        solution = solve_as_merged(deltas.mT if transposed else deltas, settings, sensitivity)
+        stack, weights = (deltas.mT, base.mT) if transposed else (deltas, base)
+        solution = solve_as_merged(stack, settings, sensitivity, weights)
         theta, held = _bounded(solution.dense(), deltas, settings)
         settings = with_length(settings, deltas, base, sensitivity)
         entry = _entry(solution, experts, settings, held)
@@ -273,7 +286,8 @@ def _batched(
     norms = torch.linalg.vector_norm(deltas.flatten(2), dim=2).cpu()
     for name, own, one_base in zip(names, norms, base, strict=True):
         _check_finite(name, experts, own, one_base)
-    solutions = solve_as_merged(deltas.mT if transposed else deltas, settings, sensitivity).unbind()
+    stack, weights = (deltas.mT, base.mT) if transposed else (deltas, base)
+    solutions = solve_as_merged(stack, settings, sensitivity, weights).unbind()
     merged = []
     known = [None] * len(names) if sensitivity is None else list(sensitivity)
     for name, own, one_base, one, solution, minded in zip(names, norms, base, deltas, solutions, known, strict=True):

@@ -77,7 +77,7 @@ def _problem(
         return dual, dual.norm_sq
     if isinstance(given, LowRank):
         assert settings.side == "both"
-        assert isinstance(settings.pooling, float | int)
+        assert settings.pooling is not None
         thin = ThinTwoSided(given.over(unit), rows * columns, settings.pooling)
         return thin, thin.norm_sq
     deltas = given * (1 / unit).to(given.dtype)[:, None, None, None]

@@ -80,8 +80,10 @@ class Settings:
         need(positive, "scale_factor", self.scale_factor, "a finite number above 0", "give one, 0.1 say")
         bounded = 0 <= self.prior_precision < math.inf
         need(bounded, "prior_precision", self.prior_precision, "a finite number, 0 or more", "give one, 1e-3 say")
-        if isinstance(self.pooling, float | int):
-            need(0 <= self.pooling <= 1, "pooling", self.pooling, "a number from 0 to 1", "leave it out, or give one")
+        if self.pooling is not None:
+            given = torch.as_tensor(self.pooling)
+            inside = bool(((given >= 0) & (given <= 1)).all())
+            need(inside, "pooling", self.pooling, "numbers from 0 to 1", "leave it out, or give one")
         if self.sensitivity is not None:
             need(self.side == "both", "sensitivity", f"side {self.side!r}", 'side "both"', "leave it out")
         need(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more", "raise it")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from poemerge.errors import NumericsError
 from poemerge.numerics.adapters import Adapter, Adapters, Combined, LowRank, not_finite
-from poemerge.numerics.breadth import breadth
+from poemerge.numerics.breadth import breadth, breadth_of_factors, pooling_by_breadth
 from poemerge.numerics.core import solve_core
 from poemerge.numerics.dual import Grams
 from poemerge.numerics.experts import Family
@@ -21,8 +21,6 @@ from poemerge.numerics.solution import Basis, Factored, Solution, join
 
 __all__ = ["Adapter", "in_dual_form", "solve"]
 
-# What was chosen on validation splits for experts of unknown sensitivity, see docs/method.md.
-DEFAULT_POOLING = 0.5
 # Adapters are worked on through their rank where their joint span is at least this many times as wide.
 THIN = 3
 # One-sided adapters are worked on in the dual form up to a stack this many times as wide as their matrix.
@@ -41,7 +39,7 @@ def solve(
     prior: Prior = "relative",
     prior_precision: float = 1e-2,
     side: Side = "both",
-    pooling: float | None = None,
+    pooling: float | Float[Tensor, "*batch expert"] | None = None,
     init: Literal["gaussian", "mean"] | Float[Tensor, "*batch out in"] = "gaussian",
     max_steps: int = 50,
     rtol: float = 1e-6,
@@ -65,10 +63,11 @@ def solve(
       the start; f is `scale_factor`. A tensor `[*batch, expert]` is γ_i itself, in the units of r.
     - `prior_precision`: λ if `prior` is "absolute"; if "relative", λ is this many times the mean diagonal entry of
       Σ w_i G_i (of its Kronecker form for both sides) at the weights the start gives, fixed from there on.
-    - `pooling`: y in [0, 1], for both sides alone: the input Gram Â_iᵀÂ_i is shrunk to the mean over the experts,
-      S_i² = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j; 0 leaves each its own, and the residual is then Âᵀ_i(Θ − A_i)Âᵀ_i.
-      None is 0.5, and 1 − ρ_i for an expert whose sensitivity is given, ρ_i = ‖A_i‖_*²/(min(out, in)·‖A_i‖²_F) being
-      the share of all directions that its task vector tells about.
+    - `pooling`: y in [0, 1], one or one each, for both sides alone: the input Gram Â_iᵀÂ_i is shrunk to the mean over
+      the experts, S_i² = (1 − y) Â_iᵀÂ_i + y·mean_j Â_jᵀÂ_j; 0 leaves each its own, and the residual is then
+      Âᵀ_i(Θ − A_i)Âᵀ_i.
+      None is max(0.1, 1 − ρ_i), ρ_i = rank(A_i)/min(out, in) being the share of all directions that the expert's task
+      vector tells about.
     - `sensitivity`: F_i, for both sides alone: what else expert i minds than the directions it moved, with F_iF_iᵀ the
       covariance of its gradients at the layer's outputs. The output Gram becomes the mean of Â_iÂ_iᵀ and
       F_iF_iᵀ/‖F_i‖²; a matrix of zeros says nothing.
@@ -91,7 +90,7 @@ def solve(
         prior,
         prior_precision,
         side,
-        DEFAULT_POOLING if pooling is None and sensitivity is None else pooling,
+        pooling,
         init,
         max_steps,
         rtol,
@@ -170,27 +169,32 @@ def _solve_dense(deltas: Tensor, settings: Settings) -> Solution:
     return join(members, batch, single=not batch)
 
 
-def _settled(settings: Settings, deltas: Tensor, shape: tuple[int, ...], directions: int) -> Settings:
-    """The settings with F_i checked, as `[flat, expert, out, s]`, and y settled where none is given.
+def _settled(settings: Settings, deltas: Tensor | LowRank, shape: tuple[int, ...], directions: int) -> Settings:
+    """The settings with F_i checked, as `[flat, expert, out, s]`, and y_i settled where none is given.
 
     `deltas` are `[flat, expert, out, in]`, `shape` is [*batch, expert, out] and `directions` the matrix's smaller side.
     """
-    given = settings.sensitivity
-    if given is None:
-        return settings
-    if given.shape[:-1] != shape or not given.is_floating_point() or not bool(given.isfinite().all()):
-        got = (
-            f"{given.dtype} of shape {list(given.shape)}"
-            if given.shape[:-1] != shape
-            else "entries that are not finite"
+    given, pooling = settings.sensitivity, settings.pooling
+    if given is not None:
+        if given.shape[:-1] != shape or not given.is_floating_point() or not bool(given.isfinite().all()):
+            got = (
+                f"{given.dtype} of shape {list(given.shape)}"
+                if given.shape[:-1] != shape
+                else "entries that are not finite"
+            )
+            expected = f"finite floating point {[*shape, 's']}, a factor for each expert"
+            raise bad_setting("sensitivity", got, expected, "give F_i for every expert, zeros where nothing is known")
+        device = deltas.left.device if isinstance(deltas, LowRank) else deltas.device
+        given = given.to(device).reshape(-1, *shape[-2:], given.shape[-1])
+    if settings.side == "both" and pooling is None:
+        told = (
+            breadth_of_factors(deltas.left, deltas.right, directions)
+            if isinstance(deltas, LowRank)
+            else breadth(deltas.to(working_dtype(deltas.dtype)), directions)
         )
-        expected = f"finite floating point {[*shape, 's']}, a factor for each expert"
-        raise bad_setting("sensitivity", got, expected, "give F_i for every expert, zeros where nothing is known")
-    given = given.to(deltas.device).reshape(-1, *shape[-2:], given.shape[-1])
-    pooling = settings.pooling
-    if pooling is None:
-        told = 1 - breadth(deltas.to(working_dtype(deltas.dtype)), directions)
-        pooling = torch.where(given.flatten(2).any(-1), told, DEFAULT_POOLING)
+        pooling = pooling_by_breadth(told)
+    elif isinstance(pooling, Tensor):
+        pooling = pooling.reshape(-1, shape[-2])
     return replace(settings, sensitivity=given, pooling=pooling)
 
 
@@ -239,7 +243,8 @@ def _solve_factored(adapters: Adapters, settings: Settings) -> Solution:
         cores = cores.float()
     narrow = THIN * cores.left.shape[-1] <= min(cores.left.shape[-2], cores.right.shape[-2])
     given: Tensor | LowRank = cores if narrow and settings.side == "both" else cores.dense()
-    members = _members(given, adapters, scales, settings)
+    shape = (*adapters.batch, adapters.count, adapters.size[0])
+    members = _members(given, adapters, scales, _settled(settings, cores, shape, min(adapters.size)))
     lifted = [_lift(member, left[i], right[i]) for i, member in enumerate(members)]
     return join(lifted, adapters.batch, single=not adapters.batch)
 
@@ -253,7 +258,7 @@ def _members(
     for first in range(0, len(given), stride):
         chunk = slice(first, first + stride)
         own_scales = None if scales is None else scales[chunk]
-        members += solve_core(given[chunk], adapters.size, own_scales, None, settings)
+        members += solve_core(given[chunk], adapters.size, own_scales, None, settings.of(chunk, given.dtype))
     return members
 
 

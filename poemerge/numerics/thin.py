@@ -21,10 +21,12 @@ class ThinTwoSided(Kronecker, Referenced):
     problem: Z_i(Θ) = Z_i(C) + P_iᵀ(Θ − C).
     """
 
-    def __init__(self, deltas: LowRank, mean_over: int, pooling: float) -> None:
+    def __init__(self, deltas: LowRank, mean_over: int, pooling: float | Float[Tensor, "batch expert"]) -> None:
         """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
-        self.mean_over, self.pooling = mean_over, pooling
         dtype = deltas.dtype
+        self.mean_over = mean_over
+        self.pooling = torch.as_tensor(pooling).to(deltas.left)
+        self.pooling = self.pooling[..., None, None] if self.pooling.ndim else self.pooling.expand(1, 1, 1, 1)
         left, right = deltas.left, deltas.right
         middle, inner = right.mT @ right, left.mT @ left
         length = (middle * inner).sum((-2, -1)).double().clamp_min(0).sqrt()
@@ -48,20 +50,20 @@ class ThinTwoSided(Kronecker, Referenced):
         self._refer(self.long @ (share * right.mT).flatten(1, 2))
         self.left_diagonal = ((left @ middle) * left).sum(-1)
         own = ((right @ self.inner) * right).sum(-1)
-        self.right_diagonal = (1 - pooling) * own + pooling * self.pooled
+        self.right_diagonal = own.lerp(self.pooled.expand_as(own), self.pooling.squeeze(-1))
         self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
 
     def _through(self, seen: Float[Tensor, "batch expert r in"]) -> Float[Tensor, "batch expert r in"]:
         """Z_i R_i."""
-        own = ((1 - self.pooling) * (seen @ self.right @ self.inner)) @ self.right.mT
-        return own.add_(seen * self.pooled.unsqueeze(1), alpha=self.pooling) if self.pooling else own
+        own: Tensor = ((1 - self.pooling) * (seen @ self.right @ self.inner)) @ self.right.mT
+        return own.addcmul_(seen, self.pooling * self.pooled.unsqueeze(1)) if bool(self.pooling.any()) else own
 
     def _operator(
         self, weights: Float[Tensor, "batch expert"], prior: Float[Tensor, "batch 1 1"]
     ) -> Callable[[Float[Tensor, "batch out in"]], Float[Tensor, "batch out in"]]:
         """Θ ↦ Σ w_i L_i Θ R_i + λΘ, the sum over experts inside one long product."""
         weighed = (weights[..., None, None] * self.left) @ self.middle
-        summed = self.pooling * (weighed.transpose(1, 2).flatten(2) @ self.long.mT)
+        summed = (self.pooling * weighed).transpose(1, 2).flatten(2) @ self.long.mT
         rights = ((1 - self.pooling) * self.inner @ self.right.mT).flatten(1, 2)
 
         def operate(theta: Tensor) -> Tensor:
