@@ -23,21 +23,22 @@ def _settings() -> ParameterSettings:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(300, 200), (150, 600)])
-def test_the_edge_is_the_largest_singular_value_of_the_rounding(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_the_edge_is_just_above_the_singular_values_of_the_rounding(shape: tuple[int, int], dtype: torch.dtype) -> None:
     exact = _random(2, *shape) * torch.tensor([0.02, 3.0])[:, None, None]
     stored = exact.to(dtype).float()
     largest = torch.linalg.matrix_norm((stored - exact).double(), 2)
-    torch.testing.assert_close(rounding_edge(stored), largest, rtol=0.1, atol=0)
+    edge = rounding_edge(stored)
+    assert bool(((largest < edge) & (edge < 1.25 * largest)).all())
     assert rounding_edge(exact).tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2e-3), (torch.float16, 3e-4)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2e-3), (torch.float16, 2e-4)])
 def test_an_adapter_that_was_merged_and_stored_tells_of_its_rank(dtype: torch.dtype, size: float) -> None:
     base = (0.05 * _random(128, 96)).to(dtype)
     products = torch.stack([size * _random(128, r, seed=r) @ _random(r, 96, seed=r + 9) for r in (2, 4)])
     stored = (base.float() + products).to(dtype).float()
     deltas = stored - base.float()
-    assert bool((breadth(deltas) > 0.9).all())
+    assert bool((breadth(deltas) > 0.8).all())
     expected = torch.tensor([2, 4], dtype=torch.float64) / 96
     torch.testing.assert_close(breadth(deltas, edge=rounding_edge(stored)), expected)
 

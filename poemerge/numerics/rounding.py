@@ -9,10 +9,12 @@ from torch import Tensor
 __all__ = ["rounding_edge"]
 
 _NARROW = (torch.bfloat16, torch.float16)
+# A finite matrix of noise goes a little beyond the edge of an infinite one.
+_ABOVE = 1.1
 
 
 def rounding_edge(weights: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
-    """s(√out + √in), the largest singular value of noise whose entries have the variance s² of the weights' rounding.
+    """1.1 s(√out + √in), just above all singular values of noise with the variance s² of the weights' rounding.
 
     An entry v of a checkpoint in bfloat16 or float16 is off by up to half of the distance u(v) to its neighbour, so s²
     is the mean of u(v)²/12 (the edge is Marchenko and Pastur's). Arguments: `weights` float32, fine-tuned and not minus
@@ -20,8 +22,8 @@ def rounding_edge(weights: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*ba
     """
     flat = [_variance(one) for one in weights.reshape(-1, *weights.shape[-2:])]
     rows, columns = weights.shape[-2:]
-    edge: Tensor = torch.stack(flat).reshape(weights.shape[:-2]).sqrt() * (math.sqrt(rows) + math.sqrt(columns))
-    return edge
+    deviation = torch.stack(flat).reshape(weights.shape[:-2]).sqrt()
+    return _ABOVE * deviation * (math.sqrt(rows) + math.sqrt(columns))
 
 
 def _variance(weights: Float[Tensor, "out in"]) -> Float[Tensor, ""]:
