@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--pooling",
         type=float,
-        help="0 to 1, for --side both: shrinks input Grams to their mean (default: by what is known of each expert)",
+        help="0 to 1, for --side both: shrinks input Grams to their mean (default: by each task vector's rank)",
     )
     parser.add_argument("--scale", choices=get_args(Scale), help="scale of an expert's energy")
     parser.add_argument("--scale-factor", type=float)
