@@ -326,4 +326,4 @@ def _flops(experts: ExpertSet, p: ParameterPlan) -> float:
     if p.settings.method != "poe":
         return 20.0 * n * rows * columns * min(rows, columns)
     products = 2.0 * n * rows * columns * (rows + columns)
-    return stacked * products * (12.0 if p.settings.side == "both" else 2.0)
+    return stacked * products * (30.0 if p.settings.side == "both" else 2.0)
