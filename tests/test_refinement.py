@@ -90,7 +90,8 @@ def test_what_the_heads_read_counts_beside_what_they_say(
     assert distance[1.0] < 0.95 * distance[0.0]
 
 
-def test_what_moves_and_what_stays(models: dict[str, Path], tmp_path: Path) -> None:
+def test_what_moves_and_what_stays(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refinement, "_SHORTEST", 1.0)  # by steps alone
     _merge(models, tmp_path / "solved", refinement_steps=0)
     _merge(models, tmp_path / "refined")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("solved", "refined"))
