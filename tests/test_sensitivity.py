@@ -330,3 +330,15 @@ def test_adapters_of_unlike_ranks_are_shrunk_as_their_dense_matrices_are() -> No
     )
     torch.testing.assert_close(thin.posterior.pooling, torch.tensor([59, 57, 54], dtype=torch.float64) / 60)
     torch.testing.assert_close(thin.dense(), dense.dense(), rtol=1e-5, atol=1e-7)
+
+
+def test_pooling_may_be_each_experts_own() -> None:
+    deltas = _random(3, 8, 6)
+    own = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
+    solution = poemerge.solve(deltas, pooling=own, **BOTH)
+    torch.testing.assert_close(solution.posterior.pooling, own)
+    same = poemerge.solve(deltas, pooling=torch.full((3,), 0.5), **BOTH).dense()
+    torch.testing.assert_close(same, poemerge.solve(deltas, pooling=0.5, **BOTH).dense())
+    for wrong, said in ((own[:2], "shape"), (own + 0.1, "0 to 1"), (own * torch.nan, "0 to 1")):
+        with pytest.raises(BadInputError, match=said):
+            poemerge.solve(deltas, pooling=wrong, **BOTH)

@@ -194,6 +194,9 @@ def _settled(settings: Settings, deltas: Tensor | LowRank, shape: tuple[int, ...
         )
         pooling = pooling_by_breadth(told)
     elif isinstance(pooling, Tensor):
+        if pooling.shape != shape[:-1]:
+            got, expected = f"shape {list(pooling.shape)}", f"{list(shape[:-1])}, a number for each expert"
+            raise bad_setting("pooling", got, expected, "give one number, or one for each expert")
         pooling = pooling.reshape(-1, shape[-2])
     return replace(settings, sensitivity=given, pooling=pooling)
 
