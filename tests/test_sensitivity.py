@@ -31,15 +31,15 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("pooling", [0.0, 0.5, 1.0, None])
-@pytest.mark.parametrize(("rows", "columns"), [(12, 14), (30, 9), (9, 30)])
+@pytest.mark.parametrize(("rows", "columns", "minded"), [(12, 14, 5), (30, 9, 5), (30, 9, 25), (9, 30, 5)])
 def test_theta_is_stationary_under_the_mean_of_both_output_grams(
-    rows: int, columns: int, pooling: float | None
+    rows: int, columns: int, minded: int, pooling: float | None
 ) -> None:
-    deltas, factor = _random(4, rows, columns), _random(4, rows, 5, seed=1)
+    deltas, factor = _random(4, rows, columns), _random(4, rows, minded, seed=1)
     solution = poemerge.solve(deltas, sensitivity=factor, pooling=pooling, **BOTH)
     unit = deltas / torch.linalg.vector_norm(deltas, dim=(1, 2), keepdim=True)
-    minded = factor / torch.linalg.vector_norm(factor, dim=(1, 2), keepdim=True)
-    left, right = (unit @ unit.mT + minded @ minded.mT) / 2, unit.mT @ unit
+    other = factor / torch.linalg.vector_norm(factor, dim=(1, 2), keepdim=True)
+    left, right = (unit @ unit.mT + other @ other.mT) / 2, unit.mT @ unit
     share = 0.1 if pooling is None else pooling  # what they tell is everything
     right = (1 - share) * right + share * right.mean(0)
     weights, theta = solution.weights[:, None, None], solution.dense()

@@ -12,8 +12,6 @@ from poemerge.numerics.reuse import kept
 __all__ = ["Kronecker", "TwoSided", "output_factor"]
 
 _MAX_CONJUGATE_STEPS = 400
-# Above this ratio of its sides, X(XᵀY) takes fewer operations than (XXᵀ)Y on the one side and Y(XᵀX) on the other.
-_GOLDEN = (1 + 5**0.5) / 2
 
 
 class Kronecker:
@@ -151,19 +149,20 @@ class TwoSided(Kronecker, Referenced):
         self.pooling = self.pooling[..., None, None] if self.pooling.ndim else self.pooling.expand(1, 1, 1, 1)
         norm = norm_sq(deltas).sqrt()[..., None, None]
         shrink = torch.where(norm > 0, 1 / norm, 0.0).to(deltas.dtype)
+        rows, columns = deltas.shape[-2:]
+        width = columns if sensitivity is None else columns + sensitivity.shape[-1]
+        # Whether `left` holds the L_i themselves or factors P_i with L_i = P_iP_iᵀ.
+        self.formed = _gram_pays(rows, columns, width)
         # All that does not depend on the settings: a sweep makes it once.
-        self.left_basis, self.right_basis, summed, self.deltas, self.unit, self.factor, left = kept(
+        self.left_basis, self.right_basis, summed, self.deltas, self.unit, self.left = kept(
             (deltas,) if sensitivity is None else (deltas, sensitivity),
             lambda: self._products(deltas, shrink, sensitivity),
         )
         # In this basis the pooled input Gram is diagonal.
         present = (norm > 0).sum(1).clamp_min(1).to(deltas.dtype)
         self.pooled = (summed.clamp_min(0) / present[..., 0]).unsqueeze(-2)
-        # A Gram is formed where multiplying by it costs less than multiplying by both of its factors.
-        self.left = left
-        rows, columns = self.unit.shape[-2:]
-        self.right = self.input_grams() if columns < _GOLDEN * rows else None
-        self.left_diagonal = self.factor.square().sum(-1)
+        self.right = self.input_grams() if _gram_pays(columns, rows, rows) else None
+        self.left_diagonal = self.left.diagonal(dim1=-2, dim2=-1) if self.formed else self.left.square().sum(-1)
         own = self.unit.square().sum(-2)
         self.right_diagonal = own.lerp(self.pooled.expand_as(own), self.pooling.squeeze(-1))
         self.trace = self.left_diagonal.double().sum(-1) * self.right_diagonal.double().sum(-1)
@@ -172,8 +171,8 @@ class TwoSided(Kronecker, Referenced):
 
     def _products(
         self, deltas: Tensor, shrink: Tensor, sensitivity: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Joint eigenbases, the input side's eigenvalues; in them A_i, Â_i, L_i's factor, and L_i where it is used."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Joint eigenbases, the input side's eigenvalues; in them A_i, Â_i, and L_i or P_i."""
         unit = deltas * shrink
         factor = output_factor(unit, sensitivity)
         self.left_basis = torch.linalg.eigh(gram(factor.transpose(1, 2).flatten(2)))[1]
@@ -181,9 +180,8 @@ class TwoSided(Kronecker, Referenced):
         entered = self.enter(unit)
         # The input side's basis leaves Â_iÂ_iᵀ as it is.
         factor = entered if sensitivity is None else self.left_basis.mT.unsqueeze(1) @ factor
-        rows, columns = unit.shape[-2:]
-        left = gram(factor) if rows < _GOLDEN * columns else None
-        return self.left_basis, self.right_basis, summed, self.enter(deltas), entered, factor, left
+        left = gram(factor) if self.formed else factor
+        return self.left_basis, self.right_basis, summed, self.enter(deltas), entered, left
 
     def input_grams(self) -> Float[Tensor, "batch expert in in"]:
         """R_i, in the coordinates that the problem is solved in."""
@@ -195,14 +193,13 @@ class TwoSided(Kronecker, Referenced):
         """L_i Θ R_i for every expert, of one Θ or of one each."""
         each: Tensor
         if self.right is None:
-            assert self.left is not None
             each = ((1 - self.pooling) * (self.left @ (theta @ self.unit.mT))) @ self.unit
             if bool(self.pooling.any()):
                 each += (self.left @ theta) * (self.pooling * self.pooled.unsqueeze(1))
-        elif self.left is None:
-            each = self.factor @ (self.factor.mT @ theta @ self.right)
-        else:
+        elif self.formed:
             each = self.left @ theta @ self.right
+        else:
+            each = self.left @ (self.left.mT @ theta @ self.right)
         return each
 
     def _operator(
@@ -212,7 +209,6 @@ class TwoSided(Kronecker, Referenced):
         heavy = weights[:, :, None, None]
         unit, left, right = self.unit, self.left, self.right
         if right is None:
-            assert left is not None
             own = ((1 - self.pooling) * heavy) * left
             summed = (self.pooling * heavy * left).sum(1)
             long = unit.flatten(1, 2)
@@ -223,11 +219,11 @@ class TwoSided(Kronecker, Referenced):
                 return out.addcmul_(summed @ theta, self.pooled).addcmul_(prior, theta)
 
             return wide
-        factor = self.factor
-        long = (heavy * (factor if left is None else left)).transpose(1, 2).flatten(2)
+        formed = self.formed
+        long = (heavy * left).transpose(1, 2).flatten(2)
 
         def tall(theta: Tensor) -> Tensor:
-            narrow = theta.unsqueeze(1) if left is not None else factor.mT @ theta.unsqueeze(1)
+            narrow = theta.unsqueeze(1) if formed else left.mT @ theta.unsqueeze(1)
             out: Tensor = long @ (narrow @ right).flatten(1, 2)
             return out.addcmul_(prior, theta)
 
@@ -258,6 +254,14 @@ class TwoSided(Kronecker, Referenced):
         images = self._each(step.unsqueeze(1))
         slope = inner(self.slopes, step) + inner(images, theta - self.reference)
         return slope, inner(images, step), inner(images, last)
+
+
+def _gram_pays(side: int, other: int, width: int) -> bool:
+    """Whether (XXᵀ)YZ takes fewer operations than X(XᵀYZ): XXᵀ of this `side`, X of `width`, Z of the `other` side.
+
+    For one side of a matrix at least it does.
+    """
+    return side * (side + other) < width * (2 * side + other)
 
 
 def output_factor(
