@@ -120,8 +120,7 @@ def _noise(
     rows = deltas.shape[-1 if transposed else -2]
     known = minded.read(name, experts.touching(name), rows) if settings.side == "both" else None
     base = experts.base.read(name)
-    stack, weights = (deltas.mT, base.mT) if transposed else (deltas, base)
-    solution = solve_as_merged(stack, settings, known, weights)
+    solution = solve_as_merged(deltas, base, settings, transposed=transposed, sensitivity=known)
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     draws = solution.posterior.sample(count, generator=generator)
     assert isinstance(draws, Tensor)  # the deltas were dense

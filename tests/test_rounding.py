@@ -44,12 +44,12 @@ def test_an_adapter_that_was_merged_and_stored_tells_of_its_rank(dtype: torch.dt
 
     for one in (deltas, deltas.unsqueeze(0)):
         weights = base if one.ndim == 3 else base.unsqueeze(0)
-        solution = solve_as_merged(one, _settings(), None, weights)
+        solution = solve_as_merged(one, weights, _settings())
         pooling = (solution if one.ndim == 3 else solution.unbind()[0]).posterior.pooling
         torch.testing.assert_close(pooling, 1 - expected)
 
 
 def test_a_full_fine_tune_in_full_precision_is_its_own() -> None:
     deltas = 0.01 * _random(3, 40, 30)
-    pooling = solve_as_merged(deltas, _settings(), None, _random(40, 30, seed=1)).posterior.pooling
+    pooling = solve_as_merged(deltas, _random(40, 30, seed=1), _settings()).posterior.pooling
     torch.testing.assert_close(pooling, torch.full((3,), 0.1, dtype=torch.float64))

@@ -207,17 +207,30 @@ def merge_matrices(
 
 
 def solve_as_merged(
-    deltas: Any, settings: ParameterSettings, sensitivity: Tensor | None = None, weights: Tensor | None = None
+    deltas: Tensor,
+    base: Tensor,
+    settings: ParameterSettings,
+    *,
+    transposed: bool = False,
+    sensitivity: Tensor | None = None,
 ) -> poemerge.Solution:
-    """`poemerge.solve` of one matrix, a batch of them, or adapters, as the settings say.
+    """`poemerge.solve` of one matrix, or a batch of them, as the settings say; theta is [out, in].
 
-    `weights` `[*batch, out, in]` are the base's: with them, what the rounding of a stored checkpoint made of a task
+    Arguments: `deltas` `[*batch, expert, *shape]` and the `base`'s weights `[*batch, *shape]`, `transposed` if stored
+    as [in, out]; `sensitivity` `[*batch, expert, out, s]`. What the rounding of a stored checkpoint made of a task
     vector is not taken for something that it tells.
     """
-    pooling: float | Tensor | None = settings.pooling
-    if weights is not None and pooling is None and settings.side == "both" and settings.row_blocks is None:
-        edge = torch.stack([rounding_edge(one + weights.to(one.dtype)) for one in deltas.unbind(-3)], -1)
+    deltas, base = (deltas.mT, base.mT) if transposed else (deltas, base)
+    pooling = None
+    if settings.pooling is None and settings.side == "both" and settings.row_blocks is None:
+        edge = torch.stack([rounding_edge(one + base.to(one.dtype)) for one in deltas.unbind(-3)], -1)
         pooling = pooling_by_breadth(breadth(deltas, edge=edge)) if bool(edge.any()) else None
+    return _solve(deltas, settings, sensitivity, pooling)
+
+
+def _solve(
+    deltas: Tensor | Adapters, settings: ParameterSettings, sensitivity: Tensor | None, pooling: Tensor | None = None
+) -> poemerge.Solution:
     return poemerge.solve(
         deltas,
         expert=settings.family,
@@ -227,7 +240,7 @@ def solve_as_merged(
         prior=settings.prior,
         prior_precision=settings.prior_precision,
         side=settings.side,
-        pooling=pooling,
+        pooling=settings.pooling if pooling is None else pooling,
         max_steps=settings.max_steps,
         rtol=settings.rtol,
         sensitivity=sensitivity,
@@ -261,8 +274,7 @@ def _dense(
         )
         return Merged(weight, _joined([one.entry for one in slices], experts))
     if settings.method == "poe":
-        stack, weights = (deltas.mT, base.mT) if transposed else (deltas, base)
-        solution = solve_as_merged(stack, settings, sensitivity, weights)
+        solution = solve_as_merged(deltas, base, settings, transposed=transposed, sensitivity=sensitivity)
         theta, held = _bounded(solution.dense(), deltas, settings)
         settings = with_length(settings, deltas, base, sensitivity)
         entry = _entry(solution, experts, settings, held)
@@ -286,8 +298,7 @@ def _batched(
     norms = torch.linalg.vector_norm(deltas.flatten(2), dim=2).cpu()
     for name, own, one_base in zip(names, norms, base, strict=True):
         _check_finite(name, experts, own, one_base)
-    stack, weights = (deltas.mT, base.mT) if transposed else (deltas, base)
-    solutions = solve_as_merged(stack, settings, sensitivity, weights).unbind()
+    solutions = solve_as_merged(deltas, base, settings, transposed=transposed, sensitivity=sensitivity).unbind()
     merged = []
     known = [None] * len(names) if sensitivity is None else list(sensitivity)
     for name, own, one_base, one, solution, minded in zip(names, norms, base, deltas, solutions, known, strict=True):
@@ -321,7 +332,7 @@ def _factored(
             if not bool(b.isfinite().all() & a.isfinite().all()):
                 raise NotFiniteError(name, expert) from None
         raise
-    solution = solve_as_merged(adapters, settings, sensitivity)
+    solution = _solve(adapters, settings, sensitivity)
     theta = solution.theta
     assert isinstance(theta, Factored)
     middle, held = _bounded(theta.X, adapters, settings)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from poemerge.numerics.adapters import LowRank
 from poemerge.numerics.one_sided import Referenced
-from poemerge.numerics.two_sided import Kronecker
+from poemerge.numerics.two_sided import Kronecker, for_each
 
 __all__ = ["ThinTwoSided"]
 
@@ -25,8 +25,7 @@ class ThinTwoSided(Kronecker, Referenced):
         """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
         dtype = deltas.dtype
         self.mean_over = mean_over
-        self.pooling = torch.as_tensor(pooling).to(deltas.left)
-        self.pooling = self.pooling[..., None, None] if self.pooling.ndim else self.pooling.expand(1, 1, 1, 1)
+        self.pooling = for_each(pooling, deltas.left)
         left, right = deltas.left, deltas.right
         middle, inner = right.mT @ right, left.mT @ left
         length = (middle * inner).sum((-2, -1)).double().clamp_min(0).sqrt()

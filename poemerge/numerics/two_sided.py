@@ -9,7 +9,7 @@ from torch import Tensor
 from poemerge.numerics.one_sided import Referenced, dot, gram, inner, norm_sq, without_size
 from poemerge.numerics.reuse import kept
 
-__all__ = ["Kronecker", "TwoSided", "output_factor"]
+__all__ = ["Kronecker", "TwoSided", "for_each", "output_factor"]
 
 _MAX_CONJUGATE_STEPS = 400
 
@@ -145,8 +145,7 @@ class TwoSided(Kronecker, Referenced):
     ) -> None:
         """`mean_over`: how many diagonal entries the mean diagonal averages over (out·in of the full matrix)."""
         self.mean_over = mean_over
-        self.pooling = torch.as_tensor(pooling).to(deltas)
-        self.pooling = self.pooling[..., None, None] if self.pooling.ndim else self.pooling.expand(1, 1, 1, 1)
+        self.pooling = for_each(pooling, deltas)
         norm = norm_sq(deltas).sqrt()[..., None, None]
         shrink = torch.where(norm > 0, 1 / norm, 0.0).to(deltas.dtype)
         rows, columns = deltas.shape[-2:]
@@ -254,6 +253,14 @@ class TwoSided(Kronecker, Referenced):
         images = self._each(step.unsqueeze(1))
         slope = inner(self.slopes, step) + inner(images, theta - self.reference)
         return slope, inner(images, step), inner(images, last)
+
+
+def for_each(
+    pooling: float | Float[Tensor, "batch expert"], like: Float[Tensor, "batch expert _ _"]
+) -> Float[Tensor, "#batch #expert 1 1"]:
+    """One number for all experts, or one each, in the shape that multiplies their matrices."""
+    numbers = torch.as_tensor(pooling).to(like)
+    return numbers[..., None, None] if numbers.ndim else numbers.expand(1, 1, 1, 1)
 
 
 def _gram_pays(side: int, other: int, width: int) -> bool:
