@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, BertTokenizerFast
 
-from poemerge.merging.inputs import RandomInputs
+from poemerge.merging.inputs import RandomInputs, tokens_of
 from tests.tiny import make_base
 
 LENGTH = 32
@@ -98,3 +98,15 @@ def test_the_seed_decides(tmp_path: Path) -> None:
     one, again, other = (_drawn(tmp_path, _config(50), 4, seed) for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("image", "patch"), [(16, 8), ([32, 16], [8, 4])])
+def test_an_image_counts_as_its_patches(image: int | list[int], patch: int | list[int]) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = ViTConfig(image_size=image, patch_size=patch, **sizes)
+    seen = ViTModel(config, add_pooling_layer=False).embeddings.patch_embeddings.num_patches
+    assert tokens_of(config.to_dict(), 32) == tokens_of({"vision_config": config.to_dict()}, 32) == seen
+    assert tokens_of({"vocab_size": 9, "max_position_embeddings": 20}, 32) == 20
+    assert tokens_of({"vocab_size": 9}, 32) == 32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from poemerge.quiet import quiet_loading
 
-__all__ = ["RandomInputs"]
+__all__ = ["RandomInputs", "tokens_of"]
 
 _MARKS = re.compile("^(##|[Ġ▁ ])|</w>$")
 """What tokenizers write on a token that starts, ends or goes on with a word."""
@@ -25,6 +25,9 @@ _LEAVES = 100
 
 _SMALLEST, _LARGEST = 1 / 20, 1 / 2
 """Radii of leaves, in parts of the image's shorter side."""
+
+_IMAGE, _PATCH = 224, 16
+"""The sides of an image and of a patch, in pixels, of a network whose config does not say them."""
 
 _GREY = 0.8
 """The part of the colours' variance that all channels share, as those of photographs share most of theirs."""
@@ -48,8 +51,7 @@ class RandomInputs:
     def __init__(self, folder: Path, config: Any, moved: Tensor | None = None) -> None:
         self._shape: tuple[int, ...] | None = None
         if hasattr(config, "image_size"):
-            size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
-            self._shape = (getattr(config, "num_channels", 3), *size)
+            self._shape = (getattr(config, "num_channels", 3), *_sides(config.image_size))
             return
         tokenizer = _tokenizer(folder)
         self._longest: int | None = getattr(config, "max_position_embeddings", None)
@@ -73,6 +75,21 @@ class RandomInputs:
         edges = [torch.tensor(own, dtype=torch.long).expand(count, -1) for own in (self._before, self._after)]
         tokens = torch.cat([edges[0], words.view(count, inner), edges[1]], dim=1)[:, :length]
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def tokens_of(config: Mapping[str, Any], length: int) -> int:
+    """How many tokens the network of this config.json sees in one input: a text of `length`, or an image's patches."""
+    if not {"image_size", "vision_config"} & set(config):
+        return min(length, config.get("max_position_embeddings") or length)
+    vision = config.get("vision_config") or config
+    height, width = _sides(vision.get("image_size") or _IMAGE)
+    down, across = _sides(vision.get("patch_size") or _PATCH)
+    return (height // down) * (width // across)
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def _dead_leaves(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from poemerge.checkpoints import ExpertSet, ShardFile, model_config
 from poemerge.checkpoints.safetensors_file import FLOATS, SafetensorsFile
 from poemerge.errors import PoemergeError
+from poemerge.merging.inputs import tokens_of
 from poemerge.merging.plan import Plan
 from poemerge.merging.predictor import Predictor, in_one_line, trained_head
 from poemerge.merging.staging import Staging
@@ -127,7 +128,8 @@ def refinement_flops(experts: ExpertSet, plan: Plan, steps: int) -> float:
     backward."""
     weights = sum(p.entries for p in plan.parameters if p.minded)
     passes = 6.0 * steps + 2.0 * (steps + 4 * _CHECKS)
-    return passes * weights * len(experts.experts) * _INPUTS * _TOKENS
+    tokens = tokens_of(model_config(experts.base.path), _TOKENS)
+    return passes * weights * len(experts.experts) * _INPUTS * tokens
 
 
 def refine(

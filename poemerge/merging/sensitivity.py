@@ -27,6 +27,7 @@ from poemerge.checkpoints import ExpertSet, model_config, save_tensors
 from poemerge.checkpoints.safetensors_file import SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.identity import identity_of
+from poemerge.merging.inputs import tokens_of
 from poemerge.merging.predictor import Predictor, in_one_line, predicts
 from poemerge.merging.stream import processors, single_threaded
 
@@ -111,7 +112,7 @@ def measuring_flops(experts: ExpertSet, plan: Plan) -> float:
         return 0.0
     missing = sum(name not in plan.not_measured and not _kept(experts, name).is_file() for name in experts.experts)
     weights = sum(4.0 * one.entries + 2.0 * one.outputs * columns(one.outputs) for one in minded)
-    return missing * _INPUTS * _TOKENS * weights
+    return missing * _INPUTS * tokens_of(model_config(experts.base.path), _TOKENS) * weights
 
 
 def gather(experts: ExpertSet, not_measured: Mapping[str, str], folder: Path) -> dict[str, str]:
