@@ -20,7 +20,7 @@ from poemerge.checkpoints import Checkpoint, ExpertSet
 from poemerge.contenders import Field
 from poemerge.errors import BadInputError, Problem
 from poemerge.merging import FamilyChoice, Selection
-from poemerge.merging.compute import solve_as_merged, with_length
+from poemerge.merging.matrices import solve_as_merged, with_length
 from poemerge.merging.sensitivity import Sensitivities, gather, why_not
 from poemerge.merging.settings import ParameterSettings, resolve
 from poemerge.params import MergeParams, parse_bytes

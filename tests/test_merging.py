@@ -253,7 +253,7 @@ def test_equal_shapes_come_together_for_a_gpu(models: dict[str, Path]) -> None:
 
 
 def test_a_batch_is_its_matrices_one_by_one(models: dict[str, Path]) -> None:
-    from poemerge.merging.compute import _batched, merge_matrices
+    from poemerge.merging.matrices import _batched, merge_matrices
     from poemerge.merging.settings import resolve
 
     experts = ExpertSet.open(models["base"], _experts(models, "one", "two"))
@@ -290,7 +290,7 @@ def test_same_inputs_same_digest(models: dict[str, Path], tmp_path: Path) -> Non
 def test_large_parameters_go_block_by_block(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from poemerge.merging import compute, plan
+    from poemerge.merging import elementwise, plan
 
     experts = _experts(models, "one", "two", "lora")
     whole = {
@@ -304,7 +304,7 @@ def test_large_parameters_go_block_by_block(
             torch.testing.assert_close(merged, expected, atol=1e-6, rtol=0)
     monkeypatch.setattr(plan, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(plan, "TRIMMED_BYTES", 1000)
-    monkeypatch.setattr(compute, "_BLOCK_ENTRIES", 1000)
+    monkeypatch.setattr(elementwise, "_BLOCK_ENTRIES", 1000)
     _, checkpoints, made = prepare(models["base"], experts, MergeParams(method="mean"))
     assert len(made.order[0]) > 3 * len(checkpoints.names())
     for method, record in whole.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from poemerge.merging.compute import solve_as_merged
+from poemerge.merging.matrices import solve_as_merged
 from poemerge.merging.settings import ParameterSettings, Selection, resolve
 from poemerge.numerics.breadth import breadth
 from poemerge.numerics.rounding import rounding_edge

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import poemerge
 from poemerge.merging import Selection
-from poemerge.merging.compute import merge_matrices
+from poemerge.merging.matrices import merge_matrices
 from poemerge.merging.settings import resolve
 from poemerge.numerics.adapters import Adapters
 from poemerge.numerics.spectral import farthest, within

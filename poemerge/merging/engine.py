@@ -13,15 +13,10 @@ from torch import Tensor
 from poemerge.checkpoints import ExpertSet, Loaded, ShardFile
 from poemerge.checkpoints.remote import as_path
 from poemerge.errors import CheckpointError, Problem
-from poemerge.merging.compute import (
-    Merged,
-    NotFiniteError,
-    merge_elementwise,
-    merge_matrices,
-    merge_trimmed,
-    ties_thresholds,
-)
 from poemerge.merging.device import Transfer, choose_device
+from poemerge.merging.elementwise import merge_elementwise, merge_trimmed, ties_thresholds
+from poemerge.merging.matrices import merge_matrices
+from poemerge.merging.merged import Merged, NotFiniteError
 from poemerge.merging.plan import ParameterPlan, Plan, Unit, make_plan
 from poemerge.merging.sensitivity import Sensitivities
 from poemerge.merging.settings import Selection
