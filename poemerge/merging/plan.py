@@ -15,7 +15,7 @@ from poemerge.errors import BadInputError, Problem
 from poemerge.merging.predictor import trained_head
 from poemerge.merging.sensitivity import columns, why_not
 from poemerge.merging.settings import ELEMENTWISE, ParameterSettings, Selection, resolve
-from poemerge.numerics.solver import FLOAT32_RTOL, THIN, in_dual_form
+from poemerge.numerics.factored import FLOAT32_RTOL, THIN, in_dual_form
 from poemerge.params import MergeParams, Side, parse_bytes
 
 __all__ = ["Action", "ParameterPlan", "Plan", "Unit", "make_plan"]

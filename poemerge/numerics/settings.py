@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from poemerge.errors import BadInputError, Problem
+from poemerge.numerics.adapters import LowRank
+from poemerge.numerics.breadth import breadth, breadth_of_factors, pooling_by_breadth
 from poemerge.numerics.experts import Family
 from poemerge.numerics.posterior import Side
+from poemerge.numerics.precision import working_dtype
 
-__all__ = ["Prior", "Scale", "Settings", "bad_setting"]
+__all__ = ["Prior", "Scale", "Settings", "bad_setting", "expert_scales", "settled"]
 
 Scale = Literal["common", "task-norm", "gram-norm", "fitted"]
 Prior = Literal["relative", "absolute"]
@@ -95,3 +98,51 @@ class Settings:
 def bad_setting(where: str, got: str, expected: str, next_step: str) -> BadInputError:
     """The error for one setting that makes no sense."""
     return BadInputError(Problem(where, got, expected, next_step))
+
+
+def expert_scales(scale: Scale | Tensor, batch: tuple[int, ...], experts: int, device: torch.device) -> Tensor | None:
+    """The γ_i of a tensor `scale` as float64 `[batch, expert]`."""
+    if not isinstance(scale, Tensor):
+        return None
+    try:
+        scales = scale.to(device, torch.float64).expand(*batch, experts).reshape(-1, experts)
+    except RuntimeError:
+        expected = f"{[*batch, experts]}, a scale for each expert"
+        raise bad_setting("scale", f"shape {list(scale.shape)}", expected, "give γ_i for every expert") from None
+    if not bool(((scales > 0) & scales.isfinite()).all()):
+        raise bad_setting(
+            "scale", "a value that is zero, negative or not finite", "γ_i > 0", "give γ_i in the units of r"
+        )
+    return scales
+
+
+def settled(settings: Settings, deltas: Tensor | LowRank, shape: tuple[int, ...], directions: int) -> Settings:
+    """The settings with F_i checked, as `[flat, expert, out, s]`, and y_i settled where none is given.
+
+    `deltas` are `[flat, expert, out, in]`, `shape` is [*batch, expert, out] and `directions` the matrix's smaller side.
+    """
+    given, pooling = settings.sensitivity, settings.pooling
+    if given is not None:
+        if given.shape[:-1] != shape or not given.is_floating_point() or not bool(given.isfinite().all()):
+            got = (
+                f"{given.dtype} of shape {list(given.shape)}"
+                if given.shape[:-1] != shape
+                else "entries that are not finite"
+            )
+            expected = f"finite floating point {[*shape, 's']}, a factor for each expert"
+            raise bad_setting("sensitivity", got, expected, "give F_i for every expert, zeros where nothing is known")
+        device = deltas.left.device if isinstance(deltas, LowRank) else deltas.device
+        given = given.to(device).reshape(-1, *shape[-2:], given.shape[-1])
+    if settings.side == "both" and pooling is None:
+        told = (
+            breadth_of_factors(deltas.left, deltas.right, directions)
+            if isinstance(deltas, LowRank)
+            else breadth(deltas.to(working_dtype(deltas.dtype)), directions)
+        )
+        pooling = pooling_by_breadth(told)
+    elif isinstance(pooling, Tensor):
+        if pooling.shape != shape[:-1]:
+            got, expected = f"shape {list(pooling.shape)}", f"{list(shape[:-1])}, a number for each expert"
+            raise bad_setting("pooling", got, expected, "give one number, or one for each expert")
+        pooling = pooling.reshape(-1, shape[-2])
+    return replace(settings, sensitivity=given, pooling=pooling)

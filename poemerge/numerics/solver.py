@@ -1,7 +1,6 @@
 """`solve`: the mode of a product of experts over one weight matrix, or a batch of equal shapes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,24 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poemerge.errors import NumericsError
-from poemerge.numerics.adapters import Adapter, Adapters, Combined, LowRank, not_finite
-from poemerge.numerics.breadth import breadth, breadth_of_factors, pooling_by_breadth
+from poemerge.numerics.adapters import Adapter, Adapters, not_finite
 from poemerge.numerics.core import solve_core
-from poemerge.numerics.dual import Grams
 from poemerge.numerics.experts import Family
-from poemerge.numerics.posterior import Posterior, Side
+from poemerge.numerics.factored import solve_factored
+from poemerge.numerics.posterior import Side
 from poemerge.numerics.precision import full_precision, working_dtype
-from poemerge.numerics.settings import Prior, Scale, Settings, bad_setting
-from poemerge.numerics.solution import Basis, Factored, Solution, join
+from poemerge.numerics.settings import Prior, Scale, Settings, bad_setting, expert_scales, settled
+from poemerge.numerics.solution import Solution, join
 
-__all__ = ["Adapter", "in_dual_form", "solve"]
-
-# Adapters are worked on through their rank where their joint span is at least this many times as wide.
-THIN = 3
-# One-sided adapters are worked on in the dual form up to a stack this many times as wide as their matrix.
-_DUAL = 2
-# From this rtol on the small problem of float32 adapters runs in float32, else in float64.
-FLOAT32_RTOL = 1e-3
+__all__ = ["Adapter", "solve"]
 
 
 def solve(
@@ -104,7 +95,7 @@ def solve(
                 raise bad_setting(
                     "row_blocks", repr(row_blocks), "None for factored deltas", "densify the adapters first"
                 )
-            return _solve_factored(deltas if isinstance(deltas, Adapters) else Adapters(deltas), settings)
+            return solve_factored(deltas if isinstance(deltas, Adapters) else Adapters(deltas), settings)
         _check_dense(deltas)
         if row_blocks is not None and deltas.shape[-2] > deltas.shape[-1]:
             return _solve_blocks(deltas, settings)
@@ -125,26 +116,10 @@ def _check_dense(deltas: Tensor) -> None:
                 raise not_finite(index, deltas.shape[-3], "delta", wrong)
 
 
-def _expert_scales(scale: Scale | Tensor, batch: tuple[int, ...], experts: int, device: torch.device) -> Tensor | None:
-    """The γ_i of a tensor `scale` as float64 `[batch, expert]`."""
-    if not isinstance(scale, Tensor):
-        return None
-    try:
-        scales = scale.to(device, torch.float64).expand(*batch, experts).reshape(-1, experts)
-    except RuntimeError:
-        expected = f"{[*batch, experts]}, a scale for each expert"
-        raise bad_setting("scale", f"shape {list(scale.shape)}", expected, "give γ_i for every expert") from None
-    if not bool(((scales > 0) & scales.isfinite()).all()):
-        raise bad_setting(
-            "scale", "a value that is zero, negative or not finite", "γ_i > 0", "give γ_i in the units of r"
-        )
-    return scales
-
-
 def _solve_dense(deltas: Tensor, settings: Settings) -> Solution:
     batch = tuple(deltas.shape[:-3])
     experts, rows, columns = deltas.shape[-3:]
-    scales = _expert_scales(settings.scale, batch, experts, deltas.device)
+    scales = expert_scales(settings.scale, batch, experts, deltas.device)
     dtype = working_dtype(deltas.dtype)
     start = None
     if isinstance(settings.init, Tensor):
@@ -154,7 +129,7 @@ def _solve_dense(deltas: Tensor, settings: Settings) -> Solution:
         start = settings.init.to(deltas).reshape(-1, rows, columns)
     members: list[Solution] = []
     stacked = deltas.reshape(-1, experts, rows, columns)
-    whole = _settled(settings, stacked, (*batch, experts, rows), min(rows, columns))
+    whole = settled(settings, stacked, (*batch, experts, rows), min(rows, columns))
     # On a CPU one at a time: a batch gains nothing there, and every member is then bit for bit what it is alone.
     stride = 1 if deltas.device.type == "cpu" else max(1, len(stacked))
     for first in range(0, len(stacked), stride):
@@ -167,38 +142,6 @@ def _solve_dense(deltas: Tensor, settings: Settings) -> Solution:
             whole.of(chunk, dtype),
         )
     return join(members, batch, single=not batch)
-
-
-def _settled(settings: Settings, deltas: Tensor | LowRank, shape: tuple[int, ...], directions: int) -> Settings:
-    """The settings with F_i checked, as `[flat, expert, out, s]`, and y_i settled where none is given.
-
-    `deltas` are `[flat, expert, out, in]`, `shape` is [*batch, expert, out] and `directions` the matrix's smaller side.
-    """
-    given, pooling = settings.sensitivity, settings.pooling
-    if given is not None:
-        if given.shape[:-1] != shape or not given.is_floating_point() or not bool(given.isfinite().all()):
-            got = (
-                f"{given.dtype} of shape {list(given.shape)}"
-                if given.shape[:-1] != shape
-                else "entries that are not finite"
-            )
-            expected = f"finite floating point {[*shape, 's']}, a factor for each expert"
-            raise bad_setting("sensitivity", got, expected, "give F_i for every expert, zeros where nothing is known")
-        device = deltas.left.device if isinstance(deltas, LowRank) else deltas.device
-        given = given.to(device).reshape(-1, *shape[-2:], given.shape[-1])
-    if settings.side == "both" and pooling is None:
-        told = (
-            breadth_of_factors(deltas.left, deltas.right, directions)
-            if isinstance(deltas, LowRank)
-            else breadth(deltas.to(working_dtype(deltas.dtype)), directions)
-        )
-        pooling = pooling_by_breadth(told)
-    elif isinstance(pooling, Tensor):
-        if pooling.shape != shape[:-1]:
-            got, expected = f"shape {list(pooling.shape)}", f"{list(shape[:-1])}, a number for each expert"
-            raise bad_setting("pooling", got, expected, "give one number, or one for each expert")
-        pooling = pooling.reshape(-1, shape[-2])
-    return replace(settings, sensitivity=given, pooling=pooling)
 
 
 def _solve_blocks(deltas: Tensor, settings: Settings) -> Solution:
@@ -224,111 +167,3 @@ def _solve_blocks(deltas: Tensor, settings: Settings) -> Solution:
             )
         )
     return join(whole, batch, single=not batch)
-
-
-def in_dual_form(side: Side, stacked: int, size: Sequence[int]) -> bool:
-    """Whether adapters of `stacked` ranks in all, of a matrix of `size`, are solved from their Gram matrices alone."""
-    return side != "both" and stacked <= _DUAL * max(size)
-
-
-def _solve_factored(adapters: Adapters, settings: Settings) -> Solution:
-    """Solve within span{B_i} × span{A_iᵀ}: there Θ = Q X Vᵀ exactly, the prior included."""
-    if isinstance(settings.init, Tensor):
-        raise bad_setting("init", "a tensor", '"gaussian" or "mean" for factored deltas', "densify the adapters first")
-    if settings.sensitivity is not None:
-        return _solve_minded(adapters, settings)
-    device = adapters.scaling.device
-    scales = _expert_scales(settings.scale, adapters.batch, adapters.count, device)
-    if in_dual_form(settings.side, adapters.left.stack.shape[-1], adapters.size):
-        return _solve_dual(adapters, scales, settings)
-    left, cores, right = adapters.within()
-    if adapters.dtype == torch.float32 and settings.rtol >= FLOAT32_RTOL:
-        cores = cores.float()
-    narrow = THIN * cores.left.shape[-1] <= min(cores.left.shape[-2], cores.right.shape[-2])
-    given: Tensor | LowRank = cores if narrow and settings.side == "both" else cores.dense()
-    shape = (*adapters.batch, adapters.count, adapters.size[0])
-    members = _members(given, adapters, scales, _settled(settings, cores, shape, min(adapters.size)))
-    lifted = [_lift(member, left[i], right[i]) for i, member in enumerate(members)]
-    return join(lifted, adapters.batch, single=not adapters.batch)
-
-
-def _members(
-    given: Tensor | LowRank | Grams, adapters: Adapters, scales: Tensor | None, settings: Settings
-) -> list[Solution]:
-    """On a CPU one at a time, elsewhere all at once."""
-    stride = 1 if adapters.scaling.device.type == "cpu" else max(1, len(given))
-    members: list[Solution] = []
-    for first in range(0, len(given), stride):
-        chunk = slice(first, first + stride)
-        own_scales = None if scales is None else scales[chunk]
-        members += solve_core(given[chunk], adapters.size, own_scales, None, settings.of(chunk, given.dtype))
-    return members
-
-
-def _solve_dual(adapters: Adapters, scales: Tensor | None, settings: Settings) -> Solution:
-    """One side from the adapters' Gram matrices alone; bases are made for the posterior."""
-    members = _members(adapters.grams(), adapters, scales, settings)
-    lifted = []
-    for index, member in enumerate(members):
-        theta = Combined(adapters, index, member.dense())
-        lifted.append(
-            replace(member, theta=theta, make_posterior=_within_spans(adapters, index, member, theta, settings))
-        )
-    return join(lifted, adapters.batch, single=not adapters.batch)
-
-
-def _within_spans(
-    adapters: Adapters, index: int, member: Solution, theta: Factored, settings: Settings
-) -> Callable[[], Posterior]:
-    """The posterior within the joint subspaces."""
-
-    def posterior() -> Posterior:
-        cores = adapters.within()[1][[index]].dense()[0]
-        return Posterior(theta, settings.side, cores, member.weights, member.prior_precision)
-
-    return posterior
-
-
-def _solve_minded(adapters: Adapters, settings: Settings) -> Solution:
-    """With sensitivities Θ leaves the span of the B_i but not that of the A_iᵀ: solved whole on one side, Θ = X Vᵀ."""
-    right, inside = adapters.right.basis
-    experts, device = adapters.count, inside.device
-    left = adapters.left.stack
-    left = left.reshape(*left.shape[:-1], experts, -1).transpose(1, 2)
-    dtype = adapters.dtype if settings.rtol >= FLOAT32_RTOL else torch.float64
-    scaled = left.double() * adapters.scaling[:, None, None]
-    cores = (scaled @ inside.mT).to(dtype)
-    scales = _expert_scales(settings.scale, adapters.batch, experts, device)
-    whole = _settled(settings, cores, (*adapters.batch, experts, adapters.size[0]), min(adapters.size))
-    stride = 1 if device.type == "cpu" else max(1, len(cores))
-    members: list[Solution] = []
-    for first in range(0, len(cores), stride):
-        chunk = slice(first, first + stride)
-        own_scales = None if scales is None else scales[chunk]
-        members += solve_core(cores[chunk], adapters.size, own_scales, None, whole.of(chunk, dtype))
-    lifted = []
-    for i, member in enumerate(members):
-        columns, core = torch.linalg.qr(member.dense())
-        theta = Factored(columns.to(adapters.dtype), core.to(adapters.dtype), right[i])
-        lifted.append(replace(member, theta=theta, make_posterior=_whole_rows(member, right[i])))
-    return join(lifted, adapters.batch, single=not adapters.batch)
-
-
-def _whole_rows(member: Solution, right: Basis) -> Callable[[], Posterior]:
-    """The posterior of Θ = X Vᵀ, all rows of X free."""
-
-    def posterior() -> Posterior:
-        core = member.dense().to(right.stack.dtype)
-        whole = torch.eye(len(core), dtype=core.dtype, device=core.device)
-        return replace(member.posterior, mean=Factored(whole, core, right))
-
-    return posterior
-
-
-def _lift(member: Solution, left: Basis, right: Basis) -> Solution:
-    theta = Factored(left, member.dense().to(left.stack.dtype), right)
-
-    def posterior() -> Posterior:
-        return replace(member.posterior, mean=theta)
-
-    return replace(member, theta=theta, make_posterior=posterior)
