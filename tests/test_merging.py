@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ import poemerge
 from poemerge.checkpoints import Checkpoint, ExpertSet, file_digest, weights_digest
 from poemerge.checkpoints.remote import as_path
 from poemerge.cli.main import main
-from poemerge.errors import CheckpointError
+from poemerge.errors import BadInputError, CheckpointError, PoemergeError
 from poemerge.merging import FamilyChoice, Selection, merge, prepare
 from poemerge.merging.card import licence_clash
 from poemerge.merging.exchange import exchange
@@ -503,6 +505,32 @@ def test_a_damaged_shard_is_written_again(models: dict[str, Path], tmp_path: Pat
     result = merge(models["base"], experts, tmp_path / "out", params)
     assert 0 < result.resumed_shards < len(files)
     assert result.record["digest"] == whole.record["digest"]
+
+
+def test_an_output_that_is_a_link_stays_one(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "other disk").mkdir()
+    (tmp_path / "m").symlink_to(tmp_path / "other disk" / "m")
+    for _ in range(2):
+        assert merge(models["base"], _experts(models, "one"), tmp_path / "m", MergeParams(**FAST)).out == tmp_path / "m"
+        assert (tmp_path / "m").is_symlink()
+        assert (tmp_path / "other disk" / "m" / "merge.json").is_file()
+    assert [path.name for path in tmp_path.rglob(".*") if path.is_dir()] == []
+
+
+def test_an_output_that_cannot_be_renamed_is_refused_before_any_work(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "volume").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_mount", lambda path: path == tmp_path / "volume")
+        with pytest.raises(BadInputError, match="a mount point"):
+            merge(models["base"], _experts(models, "one"), tmp_path / "volume", MergeParams(**FAST))
+    assert not list((tmp_path / "volume").iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", Mock(side_effect=OSError(errno.EBUSY, "Device or resource busy")))
+        with pytest.raises(PoemergeError, match=r"Cannot give the merge its name[^$]*busy"):
+            merge(models["base"], _experts(models, "one"), tmp_path / "m", MergeParams(**FAST))
+    assert merge(models["base"], _experts(models, "one"), tmp_path / "m", MergeParams(**FAST)).resumed_shards == 1
 
 
 def test_other_settings_do_not_resume(models: dict[str, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from poemerge.checkpoints import ExpertSet
-from poemerge.merging import MergeResult, compute, merge, refinement
+from poemerge.merging import MergeResult, matrices, merge, refinement, staging
 from poemerge.merging.predictor import Predictor
 from poemerge.merging.staging import Staging
 from poemerge.params import MergeParams
@@ -218,6 +219,39 @@ def test_killed_while_refined_shards_take_their_places(
     assert [json.loads(line)["refined"] for line in ledger] == [json.loads(line)["refined"] for line in expected]
 
 
+@pytest.mark.parametrize("name", ["m", "merged[1] *"])
+def test_the_same_command_again_gives_the_same(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    first = _merge(models, tmp_path / name, max_shard_size="40KB").record
+    assert _merge(models, tmp_path / name, max_shard_size="40KB").record == first
+    assert [path.name for path in tmp_path.glob(".*") if path.is_dir()] == []
+
+
+def test_killed_when_the_output_has_its_name(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _merge(models, tmp_path / "whole").record
+    with monkeypatch.context() as patched:
+        patched.setattr(staging.shutil, "rmtree", Mock(side_effect=_KilledError))
+        with pytest.raises(_KilledError):
+            _merge(models, tmp_path / "m")
+    assert (tmp_path / "m" / "merge.json").is_file()
+    again = _merge(models, tmp_path / "m").record
+    assert (again["digest"], again["refinement"]) == (whole["digest"], whole["refinement"])
+
+
+def test_a_refined_shard_that_was_lost_is_refined_again(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _merge(models, tmp_path / "whole", max_shard_size="40KB").record
+    with monkeypatch.context() as patched:
+        patched.setattr(Staging, "publish", Mock(side_effect=_KilledError))
+        with pytest.raises(_KilledError):
+            _merge(models, tmp_path / "m", max_shard_size="40KB")
+    next(tmp_path.glob(".m.*.partial/*.safetensors")).write_bytes(b"damaged")
+    again = _merge(models, tmp_path / "m", max_shard_size="40KB").record
+    assert (again["digest"], again["refinement"]) == (whole["digest"], whole["refinement"])
+
+
 def test_why_a_merge_is_not_refined(models: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(models["two"] / "model.safetensors")
     del tensors["head.weight"]
@@ -267,7 +301,7 @@ def test_a_merge_that_is_too_long_is_halved_until_the_experts_recognise_it(
     """Experts at the same place, and a solver that overshoots it fourfold."""
     models = _vision_models(tmp_path, 0.5, agreed=True)
     experts = {name: path for name, path in models.items() if name != "base"}
-    monkeypatch.setattr(compute, "with_length", lambda settings, *_: replace(settings, coefficient=4.0))
+    monkeypatch.setattr(matrices, "with_length", lambda settings, *_: replace(settings, coefficient=4.0))
     merge(models["base"], experts, tmp_path / "solved", MergeParams(refinement_steps=0))
     note = merge(models["base"], experts, tmp_path / "m", MergeParams()).record["refinement"]
     assert (note["steps"], note["kept"], note["multiple"]) == (0, True, 0.25)

@@ -69,19 +69,22 @@ def merge(
     after each unit. Raises CheckpointError or BadInputError before any work where the input is wrong, PoemergeError
     where the disk refuses.
     """
-    out = Path(out)
-    check_output(out)
+    place = Path(out).resolve()  # a link stays a link, and what it leads to is replaced
+    check_output(place)
     job, checkpoints, plan = prepare(base, experts, params, selection)
     try:
         key = job_key({"inputs": input_identities(job), **job.description()})
-        staging = Staging(out, key)
+        staging = Staging(place, key)
         with staging.hold():
             if any(one.minded for one in plan.parameters):
                 reasons = gather(checkpoints, plan.not_measured, staging.sensitivities)
             else:
                 reasons = dict.fromkeys(checkpoints.experts, "no matrix is solved with it") | dict(plan.not_measured)
             refinement = staging.refined()
-            pending = [i for i, shard in enumerate(plan.shards) if staging.finished(shard) is None]
+            pending = _pending(plan, staging)
+            if refinement is not None and pending:
+                staging.unrefine()
+                refinement, pending = None, _pending(plan, staging)
             resumed = len(plan.shards) - len(pending)
             if params.engine == "dask":
                 from poemerge.merging.cluster import run_on_cluster
@@ -94,9 +97,14 @@ def merge(
             write_index(staging.folder, plan.shards)
             record = write_companions(job, checkpoints, plan, staging, digests, reasons, refinement)
             staging.publish()
-        return MergeResult(out, record, resumed)
+        return MergeResult(Path(out), record, resumed)
     finally:
         checkpoints.close()
+
+
+def _pending(plan: Plan, staging: Staging) -> list[int]:
+    """The shards that no earlier run has left whole."""
+    return [index for index, shard in enumerate(plan.shards) if staging.finished(shard) is None]
 
 
 def _refinement(

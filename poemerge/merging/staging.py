@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,8 @@ from poemerge.wholefile import write_whole
 
 __all__ = ["Staging", "check_output", "job_key"]
 
+log = logging.getLogger(__name__)
+
 
 def job_key(description: Mapping[str, Any]) -> str:
     """Sixteen hexadecimal digits that stand for the inputs and settings of a merge."""
@@ -27,7 +31,8 @@ def job_key(description: Mapping[str, Any]) -> str:
 
 
 def check_output(out: Path) -> None:
-    """Raises BadInputError when `out` exists and is no merge of ours, or its folder cannot be written."""
+    """Raises BadInputError when `out` exists and is no merge of ours, or cannot be replaced by one."""
+    out = out.resolve()
     if out.exists() and not (out.is_dir() and ((out / "merge.json").is_file() or not any(out.iterdir()))):
         raise BadInputError(
             Problem(
@@ -36,6 +41,10 @@ def check_output(out: Path) -> None:
                 "a new folder, or an earlier merge to replace",
                 "choose another --out, or remove it",
             )
+        )
+    if out.is_mount():
+        raise BadInputError(
+            Problem(str(out), "a mount point", "a folder that can be renamed", "name a folder inside it as --out")
         )
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -86,13 +95,21 @@ class Staging:
                 f"Cannot write {self.folder}\n  got:      {error.strerror}\n  expected: a folder that can be written\n"
                 "  next:     choose another --out"
             ) from error
-        with exclusive(self.folder.parent / f".{self.out.name}.lock.partial"):
+        with exclusive(self.folder.parent / f".{self.out.name}.lock.partial", self._wait):
             self._mend()
             yield
 
+    def _wait(self, holder: str) -> None:
+        log.warning("waiting for process %s, which merges to %s as well", holder or "(unknown)", self.out)
+
+    def _beside(self, kind: str) -> list[Path]:
+        """Folders of this `kind` that merges to the same output have left beside it."""
+        pattern = f".{glob.escape(self.out.name)}.{'[0-9a-f]' * 16}{kind}.partial"
+        return list(self.folder.parent.glob(pattern))
+
     def _mend(self) -> None:
         """Finish what a publishing that was killed left half done."""
-        for replaced in self.folder.parent.glob(f".{self.out.name}.????????????????.replaced.partial"):
+        for replaced in self._beside(".replaced"):
             if self.out.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
             else:  # killed between two renames: until the new merge comes, the earlier one is back
@@ -152,6 +169,13 @@ class Staging:
         note: dict[str, Any] = whole["note"]
         return note
 
+    def unrefine(self) -> None:
+        """Forget the refinement and the shards that it made: without one of them the others are of no use to it."""
+        file = self.records / "refinement.json"
+        for shard in json.loads(file.read_text(encoding="utf-8"))["digests"]:
+            (self.records / f"{shard}.json").unlink(missing_ok=True)
+        file.unlink()
+
     @staticmethod
     def write_text(path: Path, text: str) -> None:
         """Write a text file, whole or not at all."""
@@ -162,10 +186,22 @@ class Staging:
         """Give the finished folder the output's name; an earlier merge of that name goes, and so do stale stagings.
 
         The two trade names in one step where the file system can; else the name is empty between two renames, and a run
-        killed just there is mended by the next one.
+        killed just there is mended by the next one. Raises PoemergeError where the system refuses.
         """
         for left in self.folder.rglob("*.partial"):  # of a worker that was lost and whose work was done again
             left.unlink()
+        try:
+            self._rename()
+        except OSError as error:
+            raise PoemergeError(
+                f"Cannot give the merge its name {self.out}\n  got:      {error.strerror}\n"
+                f"  expected: a name that can be given\n  next:     the merge is whole in {self.folder}; start it again"
+            ) from error
+        for kind in ("", ".records", ".replaced"):
+            for stale in self._beside(kind):
+                shutil.rmtree(stale, ignore_errors=True)
+
+    def _rename(self) -> None:
         replaced = self.folder.with_name(self.folder.name.removesuffix(".partial") + ".replaced.partial")
         if not self.out.exists():
             self.folder.rename(self.out.absolute())
@@ -174,6 +210,3 @@ class Staging:
         else:
             self.out.rename(replaced)
             self.folder.rename(self.out.absolute())
-        for kind in ("", ".records", ".replaced"):
-            for stale in self.folder.parent.glob(f".{self.out.name}.????????????????{kind}.partial"):
-                shutil.rmtree(stale, ignore_errors=True)
