@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,10 +57,10 @@ def parse_bytes(text: int | str) -> int:
     match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
     if match is None or match[2].upper() not in UNITS:
         raise ValueError(f"{text!r} is no amount of memory; write for instance 8GB, 500MiB or 1000000")
-    count = int(float(match[1]) * UNITS[match[2].upper()])
-    if count <= 0:
-        raise ValueError(f"{text!r} is not positive")
-    return count
+    count = float(match[1]) * UNITS[match[2].upper()]
+    if not 1 <= count < math.inf:
+        raise ValueError(f"{text!r} is not positive" if count < 1 else f"{text!r} is more than any number")
+    return int(count)
 
 
 class Section(BaseModel):
@@ -130,6 +131,7 @@ class MergeOverride(Section):
 
     method: Method | None = None
     family: Family | None = None
+    tail_index: float | None = Field(default=None, gt=0)
     side: Side | None = None
     pooling: float | None = Field(default=None, ge=0, le=1)
     scale: Scale | None = None
@@ -137,6 +139,12 @@ class MergeOverride(Section):
     prior: Literal["relative", "absolute"] | None = None
     prior_precision: float | None = Field(default=None, ge=0)
     coefficient: float | None = None
+
+    @model_validator(mode="after")
+    def _tail_index_belongs_to_student_t(self) -> MergeOverride:
+        if (self.family == "student_t") != (self.tail_index is not None):
+            raise ValueError("family student_t and a tail_index go together: give both or neither")
+        return self
 
 
 class MergeParams(Section):
@@ -258,6 +266,13 @@ class Params(Section):
     def _has_experts(self) -> Params:
         if not self.experts and not self.collections:
             raise ValueError("no experts: name at least one under `experts` (or a collection under `collections`)")
+        return self
+
+    @model_validator(mode="after")
+    def _a_preset_has_its_own_family(self) -> Params:
+        if self.merge.preset is not None and self.expert.family not in {"auto", "cauchy"}:
+            family, preset = self.expert.family, self.merge.preset
+            raise ValueError(f"expert.family is {family}, but merge.preset {preset} has Cauchy experts: leave one out")
         return self
 
 

@@ -18,13 +18,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 import poemerge
 from poemerge.checkpoints import Checkpoint, ExpertSet, file_digest, weights_digest
 from poemerge.checkpoints.remote import as_path
 from poemerge.cli.main import main
-from poemerge.errors import BadInputError, CheckpointError, PoemergeError
+from poemerge.errors import BadInputError, CheckpointError, NumericsError, PoemergeError
 from poemerge.merging import FamilyChoice, Selection, merge, prepare
 from poemerge.merging.card import licence_clash
 from poemerge.merging.exchange import exchange
@@ -533,6 +534,115 @@ def test_an_output_that_cannot_be_renamed_is_refused_before_any_work(
     assert merge(models["base"], _experts(models, "one"), tmp_path / "m", MergeParams(**FAST)).resumed_shards == 1
 
 
+@pytest.mark.parametrize("method", ["mean", "ties", "dare_ties", "karcher", "tsv_m", "poe"])
+def test_scalars_and_empty_tensors(models: dict[str, Path], tmp_path: Path, method: Any) -> None:
+    """CLIP's logit_scale is one number."""
+    places = {}
+    for name, scale in (("base", 4.0), ("one", 5.0), ("two", 4.5)):
+        tensors = load_file(models[name] / "model.safetensors")
+        places[name] = shutil.copytree(models[name], tmp_path / name)
+        extra = {"logit_scale": torch.tensor(scale), "nothing": torch.zeros(0), "nowhere.weight": torch.zeros(5, 0)}
+        save_file({**tensors, **extra}, places[name] / "model.safetensors", {"format": "pt"})
+    merge(places.pop("base"), places, tmp_path / "m", MergeParams(method=method, **FAST))
+    merged = _weights(tmp_path / "m")
+    assert 4.2 < float(merged["logit_scale"]) <= 6.0  # DARE makes up for what it drops
+    assert merged["logit_scale"].shape == ()
+    assert (merged["nothing"].shape, merged["nowhere.weight"].shape) == ((0,), (5, 0))
+
+
+@pytest.mark.parametrize("exclude", [(), (QUERY, BIAS)])
+@pytest.mark.parametrize("method", ["mean", "ties", "poe"])
+@pytest.mark.parametrize("name", [QUERY, BIAS])
+def test_what_does_not_fit_float16_is_told(
+    models: dict[str, Path], tmp_path: Path, name: str, method: Any, exclude: tuple[str, ...]
+) -> None:
+    places = {}
+    for one in ("base", "one"):
+        places[one] = shutil.copytree(models[one], tmp_path / one)
+        tensors = load_file(places[one] / "model.safetensors")
+        tensors[name].view(-1)[0] = 1e5
+        save_file(tensors, places[one] / "model.safetensors", {"format": "pt"})
+    params = MergeParams(method=method, dtype="float16", exclude=exclude, **FAST)
+    with pytest.raises(NumericsError, match=rf"{name}: entries up to 100000 do not fit float16.*bfloat16"):
+        merge(places["base"], {"one": places["one"], "lora": models["lora"]}, tmp_path / "m", params)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"overrides": {"*.biass": {"method": "mean"}}}, r"merge.overrides[^$]*'\*.biass', which matches no parameter"),
+        ({"exclude": ["*qeury*"]}, r"merge.exclude[^$]*'\*qeury\*', which matches no parameter"),
+        (
+            {"overrides": {BIAS: {"method": "poe"}}},
+            r"method poe for encoder.layer.0.output.dense.bias, of shape \[\d+\]",
+        ),
+    ],
+)
+def test_settings_that_fit_no_parameter_are_refused(
+    models: dict[str, Path], settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInputError, match=said):
+        prepare(models["base"], _experts(models, "one"), MergeParams.model_validate(settings))
+
+
+def test_an_override_gives_student_t_its_tail_index(models: dict[str, Path], tmp_path: Path) -> None:
+    overrides = {QUERY: {"family": "student_t", "tail_index": 3.0}, OUTPUT: {"family": "gaussian"}}
+    merge(models["base"], _experts(models, "one", "two"), tmp_path / "m", MergeParams(overrides=overrides, **FAST))
+    ledger = [json.loads(line) for line in (tmp_path / "m" / "ledger.jsonl").read_text().splitlines()]
+    families = {line["name"]: (line["family"], line["tail_index"]) for line in ledger}
+    assert families[QUERY] == ("student_t", 3.0)
+    assert families[OUTPUT] == ("gaussian", None)
+    with pytest.raises(ValidationError, match="go together"):
+        MergeParams(overrides={"*": {"family": "student_t"}})
+
+
+def test_a_preset_says_its_own_family(models: dict[str, Path], tmp_path: Path) -> None:
+    gaussian = Selection(FamilyChoice("gaussian"))
+    record = merge(
+        models["base"], _experts(models, "one"), tmp_path / "m", MergeParams(preset="paper-t5"), gaussian
+    ).record
+    assert record["selection"]["model"]["family"] == "cauchy"
+
+
+def test_a_base_of_one_file_brings_what_belongs_to_it_alone(models: dict[str, Path], tmp_path: Path) -> None:
+    base, one = (shutil.copytree(models[name], tmp_path / name) for name in ("base", "one"))
+    (base / "secrets.json").write_text("{}")
+    (one / "source.json").write_text("[]")
+    files = {"one": one / "model.safetensors"}
+    params = MergeParams(dtype="bfloat16", **FAST)
+    record = merge(base / "model.safetensors", files, tmp_path / "m", params, digests=True).record
+    assert record["base"]["digest"] == file_digest(base / "model.safetensors")
+    assert not (tmp_path / "m" / "secrets.json").exists()
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (config["model_type"], config["dtype"]) == ("bert", "bfloat16")
+    assert merge(base, {"one": one}, tmp_path / "f", params).record["experts"]["one"]["source"] == str(one)
+
+
+def test_modules_behind_a_sentence_transformer_come_along(models: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(models["base"], tmp_path / "base")
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../one"}]
+    (base / "modules.json").write_text(json.dumps(modules))
+    for module, file in (("1_Pooling", "config.json"), ("2_Dense", "model.safetensors"), ("notes", "a.json")):
+        (base / module).mkdir()
+        (base / module / file).write_bytes(b"{}")
+    merge(base, _experts(models, "one"), tmp_path / "m", MergeParams(**FAST))
+    assert {path.name for path in (tmp_path / "m").iterdir() if path.is_dir()} == {"1_Pooling", "2_Dense", "heads"}
+    assert (tmp_path / "m" / "2_Dense" / "model.safetensors").read_bytes() == b"{}"
+
+
+def test_an_output_within_the_base_is_resumed(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(models["base"], tmp_path / "base")
+    params = MergeParams(max_shard_size="40KB", **FAST)
+    with monkeypatch.context() as patched:
+        patched.setattr(Staging, "publish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            merge(base, _experts(models, "one"), base / "merged", params)
+    assert merge(base, _experts(models, "one"), base / "merged", params).resumed_shards > 1
+
+
 def test_other_settings_do_not_resume(models: dict[str, Path], tmp_path: Path) -> None:
     experts = _experts(models, "one", "two")
 
@@ -678,6 +788,9 @@ def test_command_line_tells_all_that_is_wrong(
     assert "2 problems" in capsys.readouterr().err
     assert main([*common, "--expert", f"a={models['one']}", "--expert-family", "student_t"]) == 2
     assert "tail index" in capsys.readouterr().err
+    preset = ("--preset", "paper-t5", "--expert-family", "gaussian")
+    assert main([*common, "--expert", f"a={models['one']}", *preset]) == 2
+    assert "Cauchy" in capsys.readouterr().err
     assert main([*common, "--expert", f"a={models['one']}", "--device", "cuda:99"]) == 2
     assert "cuda:99" in capsys.readouterr().err
     assert main([*common, "--expert", f"a={models['one']}", "--max-memory", "20KB"]) == 2

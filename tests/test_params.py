@@ -112,6 +112,8 @@ def test_student_t_needs_its_tail_index() -> None:
         Params.model_validate({**base, "expert": {"family": "student_t"}})
     with pytest.raises(ValidationError, match="belongs to family student_t"):
         Params.model_validate({**base, "expert": {"family": "cauchy", "tail_index": 2.0}})
+    with pytest.raises(ValidationError, match="merge.preset paper-t5 has Cauchy experts"):
+        Params.model_validate({**base, "expert": {"family": "gaussian"}, "merge": {"preset": "paper-t5"}})
 
 
 @pytest.mark.parametrize(("text", "count"), [("8GB", 8 * 10**9), ("500MiB", 500 * 2**20), (1000, 1000), ("1e9", 10**9)])
@@ -119,7 +121,7 @@ def test_amounts_of_memory(text: int | str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["8 parsecs", "", "-1GB", "0"])
+@pytest.mark.parametrize("text", ["8 parsecs", "", "-1GB", "0", "1e400GB"])
 def test_amounts_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match=r"no amount|not positive"):
+    with pytest.raises(ValueError, match=r"no amount|not positive|any number"):
         parse_bytes(text)

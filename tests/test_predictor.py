@@ -95,6 +95,20 @@ def test_an_adapter_with_its_classifier_predicts_what_peft_makes_it_predict(tmp_
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_classifier_of_tokens_is_not_asked(kind: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForTokenClassification
+
+    base = make_base(tmp_path / "base")
+    whole = _moved(AutoModelForTokenClassification.from_pretrained(base, num_labels=3))
+    settings = LoraConfig(task_type=TaskType.TOKEN_CLS, r=2, target_modules=["query"], init_lora_weights=False)
+    (whole if kind == "full" else get_peft_model(whole, settings)).save_pretrained(tmp_path / "expert")
+    experts = ExpertSet.open(base, {"expert": tmp_path / "expert"})
+    said = {"full": "BertForTokenClassification", "adapter": "an adapter for TOKEN_CLS"}[kind]
+    assert why_not(experts, 1 << 30) == {"expert": f"{said} does not say one class for an input"}
+
+
 def test_a_network_with_a_hole_is_merged_without_a_measurement(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     one = make_full_expert(base, tmp_path / "one", seed=1)

@@ -186,6 +186,9 @@ def _selection(args: argparse.Namespace) -> Selection:
     from poemerge.errors import ParamsError, Problem
     from poemerge.merging import FamilyChoice, Selection
 
+    if args.preset is not None and args.expert_family not in {None, "cauchy"}:
+        got = f"--expert-family {args.expert_family} beside --preset {args.preset}"
+        raise ParamsError(Problem("--expert-family", got, "one of them: a preset's experts are Cauchy", "drop one"))
     family: Family = args.expert_family or ("student_t" if args.tail_index is not None else "cauchy")
     if (family == "student_t") != (args.tail_index is not None):
         got = f"--expert-family {family}, --tail-index {args.tail_index}"

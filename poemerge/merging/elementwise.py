@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from poemerge.checkpoints import ExpertSet, Loaded
-from poemerge.merging.merged import Merged, NotFiniteError
+from poemerge.merging.merged import Merged, NotFiniteError, stored_as
 from poemerge.merging.settings import ParameterSettings
 
 __all__ = ["merge_elementwise", "merge_trimmed", "row_blocks", "ties_thresholds"]
@@ -61,7 +61,7 @@ def merge_elementwise(
     share = {"mean": 1 / experts, "average": 1 / max(count, 1)}.get(settings.method, 1.0)
     # The sum's memory becomes the result's: the base may be the very tensor that was read.
     merged = torch.add(base, total, alpha=settings.multiple * share, out=total)
-    return Merged(merged.to(dtype), {**entry, "seconds": time.perf_counter() - started})
+    return Merged(stored_as(loaded.name, merged, dtype), {**entry, "seconds": time.perf_counter() - started})
 
 
 def _weighted_rows(loaded: Loaded) -> Tensor:
@@ -130,6 +130,6 @@ def merge_trimmed(
         block = loaded.rows(rows)
         theta = baselines.ties(block.deltas(), thresholds=thresholds)
         changed = changed or bool(theta.any())
-        merged[rows] = block.base.to(torch.float32).add(theta, alpha=settings.multiple)
+        merged[rows] = stored_as(loaded.name, block.base.to(torch.float32).add(theta, alpha=settings.multiple), dtype)
     entry = {"outcome": "ties" if changed else "unchanged", "seconds": time.perf_counter() - started}
     return Merged(merged.reshape(shape) if changed else None, entry)

@@ -16,7 +16,7 @@ from poemerge.errors import CheckpointError, Problem
 from poemerge.merging.device import Transfer, choose_device
 from poemerge.merging.elementwise import merge_elementwise, merge_trimmed, ties_thresholds
 from poemerge.merging.matrices import merge_matrices
-from poemerge.merging.merged import Merged, NotFiniteError
+from poemerge.merging.merged import Merged, NotFiniteError, stored_as
 from poemerge.merging.plan import ParameterPlan, Plan, Unit, make_plan
 from poemerge.merging.sensitivity import Sensitivities
 from poemerge.merging.settings import Selection
@@ -179,7 +179,11 @@ class _Work:
         _, unit = item
         first = unit.parameters[0]
         if first.action == "left_at_base":
-            return [Merged(read.loaded[0].base.to(first.dtype), {"outcome": "unchanged", "seconds": 0.0})]
+            return [
+                Merged(
+                    stored_as(first.name, read.loaded[0].base, first.dtype), {"outcome": "unchanged", "seconds": 0.0}
+                )
+            ]
         assert first.settings is not None
         if first.elementwise:
             loaded = read.loaded[0]
@@ -188,11 +192,11 @@ class _Work:
                 check = first.settings.method == "average"
                 moved = [not check or _differs(loaded, expert) for expert in loaded.experts]
             one = merge_elementwise(loaded, first.settings, moved, len(self._experts.experts), first.dtype)
-            return [one if one.weight is not None else Merged(loaded.base.to(first.dtype), one.entry)]
+            return [_whole(one, first, loaded.base)]
         if first.trimmed:
             loaded = read.loaded[0]
             one = merge_trimmed(loaded, first.settings, first.dtype, read.thresholds)
-            return [one if one.weight is not None else Merged(loaded.base.to(first.dtype), one.entry)]
+            return [_whole(one, first, loaded.base)]
         if self._transfer is not None:
             self._transfer.receive(read.loaded, read.ready)
         if first.factored:
@@ -217,13 +221,11 @@ class _Work:
             len(self._experts.experts),
             read.sensitivity if read.sensitivity is None else read.sensitivity.to(bases.device),
         )
-        weights = [
-            one.weight if one.weight is not None else base.to(first.dtype)
-            for one, base in zip(results, bases, strict=True)
-        ]
-        if self._transfer is not None:
-            weights = self._transfer.fetch(weights)
-        return [Merged(weight, one.entry) for weight, one in zip(weights, results, strict=True)]
+        whole = [_whole(one, p, base) for one, p, base in zip(results, unit.parameters, bases, strict=True)]
+        if self._transfer is None:
+            return whole
+        weights = self._transfer.fetch([one.weight for one in whole if one.weight is not None])
+        return [Merged(weight, one.entry) for weight, one in zip(weights, whole, strict=True)]
 
     def write(self, item: tuple[int, Unit], results: list[Merged]) -> None:
         """On the caller's thread, in order: weights into the shard, a line into its ledger for each whole parameter."""
@@ -252,6 +254,11 @@ class _Work:
         if self._file is not None:
             self._file.abandon()
             self._file = None
+
+
+def _whole(one: Merged, p: ParameterPlan, base: Tensor) -> Merged:
+    """The merged weight, or the base's own where that stays."""
+    return one if one.weight is not None else Merged(stored_as(p.name, base, p.dtype), one.entry)
 
 
 def _differs(loaded: Loaded, expert: str) -> bool:

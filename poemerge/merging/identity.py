@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poemerge.checkpoints import folder_digest
+from poemerge.checkpoints.digest import file_digest, folder_digest, folder_files
 from poemerge.checkpoints.remote import as_path
 from poemerge.merging.card import licence_of
 
@@ -19,10 +19,13 @@ __all__ = ["identity_of", "input_identities", "source_record"]
 def source_record(folder: Path, with_digest: bool) -> dict[str, Any]:
     """Where a checkpoint comes from: what its source.json says, else its path; a digest where known or asked for."""
     try:
-        known = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "source.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
-    digest = known.get("digest") or (folder_digest(folder) if with_digest else None)
+        found = None
+    known = found if isinstance(found, dict) else {}
+    digest = known.get("digest")
+    if digest is None and with_digest:
+        digest = folder_digest(folder) if folder.is_dir() else file_digest(folder)
     source = known.get("source") or str(folder)
     return {"source": source, "revision": known.get("revision"), "digest": digest, "license": licence_of(folder)}
 
@@ -37,5 +40,5 @@ def identity_of(folder: Path) -> Any:
     digest = source_record(folder, with_digest=False)["digest"]
     if digest is not None:
         return digest
-    files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    files = folder_files(folder) if folder.is_dir() else [folder]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -14,7 +14,7 @@ from torch import Tensor
 import poemerge
 from poemerge.errors import NumericsError
 from poemerge.merging.elementwise import row_blocks
-from poemerge.merging.merged import Merged, NotFiniteError
+from poemerge.merging.merged import Merged, NotFiniteError, stored_as
 from poemerge.merging.settings import ELEMENTWISE, SOLVED, ParameterSettings
 from poemerge.numerics.adapters import Adapters
 from poemerge.numerics.breadth import breadth, pooling_by_breadth
@@ -114,7 +114,7 @@ def _dense(
     sensitivity: Tensor | None = None,
 ) -> Merged:
     """One parameter from dense deltas `[expert, *shape]`; a 3-D one of method poe is a stack of matrices."""
-    norms = torch.linalg.vector_norm(deltas.flatten(1), dim=1)
+    norms = torch.linalg.vector_norm(deltas.reshape(len(deltas), -1), dim=1)
     _check_finite(name, experts, norms, base)
     if not bool(norms.any()):
         return Merged(None, {"outcome": "unchanged"})
@@ -124,7 +124,10 @@ def _dense(
             for i in range(deltas.shape[1])
         ]
         weight = torch.stack(
-            [b.to(dtype) if one.weight is None else one.weight for one, b in zip(slices, base, strict=True)]
+            [
+                stored_as(name, b, dtype) if one.weight is None else one.weight
+                for one, b in zip(slices, base, strict=True)
+            ]
         )
         return Merged(weight, _joined([one.entry for one in slices], experts))
     if settings.method == "poe":
@@ -211,7 +214,7 @@ def _add_product(name: str, base: Tensor, left: Tensor, right: Tensor, multiple:
             product = multiple * (left[rows] @ right.mT)
             raise _not_finite(name, bool(product.isfinite().all()))
         if not whole:
-            merged[rows] = block
+            merged[rows] = stored_as(name, block, dtype)
     return merged
 
 
@@ -246,7 +249,7 @@ def _baseline(deltas: Tensor, settings: ParameterSettings, transposed: bool, tot
     import poemerge.baselines as baselines
 
     method = getattr(baselines, settings.method)
-    stack = (deltas.mT if transposed else deltas) if settings.method in SOLVED else deltas.flatten(1).unsqueeze(1)
+    stack = (deltas.mT if transposed else deltas) if settings.method in SOLVED else deltas.reshape(len(deltas), 1, -1)
     extra = {"seed": settings.seed} if settings.method == "dare_ties" else {}
     theta: Tensor = method(stack, **extra)
     return theta if settings.method in SOLVED else theta.reshape(deltas.shape[1:])
@@ -257,7 +260,7 @@ def _added(
 ) -> Merged:
     merged = base.to(torch.float32).add(theta.to(torch.float32), alpha=settings.multiple)
     _check_merged(name, base, merged)
-    return Merged(merged.to(dtype), entry)
+    return Merged(stored_as(name, merged, dtype), entry)
 
 
 def _check_merged(name: str, base: Tensor, merged: Tensor) -> None:

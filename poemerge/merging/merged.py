@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from poemerge.errors import NumericsError
 
-__all__ = ["Merged", "NotFiniteError"]
+__all__ = ["Merged", "NotFiniteError", "stored_as"]
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,15 @@ class NotFiniteError(NumericsError):
 
     def __reduce__(self) -> tuple[type[NotFiniteError], tuple[str, str | None]]:
         return type(self), (self.name, self.expert)
+
+
+def stored_as(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in the output's dtype. Raises NumericsError where an entry is too large for it: in float16."""
+    stored = weight.to(dtype)
+    if dtype == torch.float16 and weight.dtype != dtype and bool((stored.isinf() & weight.isfinite()).any()):
+        largest, limit = float(weight.abs().max()), torch.finfo(dtype).max
+        raise NumericsError(
+            f"{name}: entries up to {largest:g} do not fit float16, which ends at {limit:g}. "
+            "Next: write bfloat16 or float32 (merge.dtype, --dtype)."
+        )
+    return stored

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ from poemerge.provenance import library_versions
 __all__ = ["write_companions"]
 
 _OURS = {"source.json", "merge.json", "expert.json", "adapter_config.json"}
-_COPIED = {".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken"}
+_COPIED = {".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".codes"}
 _COPY_LIMIT = 500_000_000
+
+_OF_A_MODEL = ("*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+"""What is copied from beside a base that is one file: the folder may hold anything else."""
 
 
 def write_companions(
@@ -43,7 +48,7 @@ def write_companions(
     records = {shard.file: staging.finished(shard, check=False) for shard in plan.shards}
     ledger = [line for record in records.values() if record is not None for line in record["ledger"]]
     base = as_path(job.base)
-    _copy_companions(base if base.is_dir() else base.parent, staging, job.params.dtype)
+    _copy_companions(base, staging, job.params.dtype)
     for name, expert in experts.experts.items():
         private = expert.read_private()
         if private:
@@ -95,23 +100,43 @@ def _common_dtype(plan: Plan) -> str:
 
 def _copy_companions(base: Path, staging: Staging, dtype: str) -> None:
     """Config, tokenizer and the like; never code, never weights. config.json says the new dtype where there is one."""
-    for file in sorted(base.iterdir()):
-        small = file.is_file() and file.suffix in _COPIED and file.stat().st_size <= _COPY_LIMIT
-        if (
-            not small
-            or file.name in _OURS
-            or file.name.endswith(".safetensors.index.json")
-            or file.name.startswith(".")
-        ):
+    for name, file in _companions(base):
+        if name == "config.json" and dtype != "base":
+            config = json.dumps(_with_dtype(model_config(file.parent), dtype), indent=2) + "\n"
+            staging.write_text(staging.folder / name, config)
             continue
-        if file.name == "config.json" and dtype != "base":
-            staging.write_text(
-                staging.folder / file.name, json.dumps(_with_dtype(model_config(base), dtype), indent=2) + "\n"
-            )
-            continue
-        partial = staging.folder / (file.name + ".partial")
+        (staging.folder / name).parent.mkdir(exist_ok=True)
+        partial = staging.folder / (name + ".partial")
         partial.write_bytes(file.read_bytes())
-        partial.replace(staging.folder / file.name)
+        partial.replace(staging.folder / name)
+
+
+def _companions(base: Path) -> Iterator[tuple[str, Path]]:
+    """The name in the output and the file of all that is copied: what lies beside the base's weights, and the modules
+    that sentence-transformers puts behind a model (modules.json names their folders), with weights of their own."""
+    folder = base if base.is_dir() else base.parent
+    for file in sorted(folder.iterdir()):
+        ours = file.name in _OURS or file.name.endswith(".safetensors.index.json") or file.name.startswith(".")
+        told = base.is_dir() or any(fnmatchcase(file.name, glob) for glob in _OF_A_MODEL)
+        if told and not ours and _is_copied(file, _COPIED):
+            yield file.name, file
+    for module in _modules(folder) if base.is_dir() else ():
+        for file in sorted((folder / module).iterdir()):
+            if _is_copied(file, {*_COPIED, ".safetensors"}):
+                yield f"{module}/{file.name}", file
+
+
+def _is_copied(file: Path, suffixes: Collection[str]) -> bool:
+    return file.is_file() and file.suffix in suffixes and file.stat().st_size <= _COPY_LIMIT
+
+
+def _modules(folder: Path) -> list[str]:
+    """Folders beside the weights that modules.json names."""
+    try:
+        named = [str(module["path"]) for module in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return [name for name in named if re.fullmatch(r"\w[\w.-]*", name) and (folder / name).is_dir()]
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from poemerge.checkpoints.safetensors_file import FLOATS
 from poemerge.errors import BadInputError, Problem
 from poemerge.merging.predictor import trained_head
 from poemerge.merging.sensitivity import columns, why_not
-from poemerge.merging.settings import ELEMENTWISE, ParameterSettings, Selection, resolve
+from poemerge.merging.settings import ELEMENTWISE, SOLVED, ParameterSettings, Selection, resolve
 from poemerge.numerics.factored import FLOAT32_RTOL, THIN, in_dual_form
 from poemerge.params import MergeParams, Side, parse_bytes
 
@@ -137,6 +138,7 @@ def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, dev
                 tensor=one.name,
             )
         )
+    problems += _misfits(experts, params, parameters)
     if not any(p.action != "left_at_base" for p in parameters):
         problems.append(
             Problem(
@@ -162,6 +164,24 @@ def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, dev
     )
 
 
+def _misfits(experts: ExpertSet, params: MergeParams, parameters: Sequence[ParameterPlan]) -> Iterator[Problem]:
+    """Globs that match no parameter, and methods for matrices that an override gives to what is none."""
+    names = {*experts.names(), *(name for one in experts.experts.values() for name in one.private_names())}
+    globs = {"merge.include": params.include, "merge.exclude": params.exclude, "merge.overrides": params.overrides}
+    for where, given in globs.items():
+        for glob in given:
+            if not any(fnmatchcase(name, glob) for name in names):
+                got, expected = f"{glob!r}, which matches no parameter", "a glob over the models' parameter names"
+                yield Problem(where, got, expected, f"mend or remove it; names are like {experts.names()[0]}")
+    for p in parameters:
+        if p.settings is not None and p.settings.method in SOLVED and len(p.shape) not in {2, 3}:
+            got = f"method {p.settings.method} for {p.name}, of shape {list(p.shape)}"
+            expected = "a method for matrices on matrices, or stacks of them"
+            yield Problem(
+                "merge.overrides", got, expected, "override it with mean, task_arithmetic or ties", tensor=p.name
+            )
+
+
 def _advice(p: ParameterPlan) -> str:
     """What to do about a matrix that does not fit: a side that needs less, with its need, or a method in blocks."""
     if p.settings is None or p.settings.method != "poe":
@@ -179,9 +199,10 @@ def _parameter(
     shape, stored = experts.base.shape(name), experts.base.dtype(name)
     dtype = stored if params.dtype == "base" or stored not in FLOATS else getattr(torch, params.dtype)
     touching = tuple(experts.touching(name))
-    if not touching:
+    if not touching or 0 in shape:
         excluded = experts.rules[name] == "base"
         why = "no weight" if stored not in FLOATS else "not selected" if excluded else "no expert holds it"
+        why = "no entries" if 0 in shape else why
         return ParameterPlan(name, shape, stored, dtype, "left_at_base", None, (), False, False, why)
     settings = resolve(params, selection, name, experts.rule(name))
     if trained:  # heads that chance put near each other ask for much the same outputs, and are not refined

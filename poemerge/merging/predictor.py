@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poemerge.checkpoints import ExpertSet
+from poemerge.checkpoints import Adapter, Expert, ExpertSet, model_config
 from poemerge.checkpoints.names import classes_of, match_names
 from poemerge.merging.inputs import RandomInputs
 from poemerge.numerics.precision import full_precision
 from poemerge.quiet import quiet_loading
 
-__all__ = ["Predictor", "in_one_line", "predicts", "trained_head"]
+__all__ = ["Predictor", "in_one_line", "other_task", "predicts", "trained_head"]
 
 _CLASSIFIERS = ("classifier", "score")
 """What transformers calls the classifier of its own task models."""
+
+_OTHER_TASKS = ("ForTokenClassification", "ForMultipleChoice")
+"""Task models of transformers' whose classifier has the same name and reads something else."""
 
 _LOADED: dict[str, Any] = {
     "dtype": torch.float32,
@@ -43,6 +46,15 @@ def predicts(private: Collection[str]) -> bool:
 def trained_head(private: Collection[str]) -> bool:
     """Whether private parameters of these names are a classifier of transformers' own, trained with its expert."""
     return predicts(private) and "head.weight" not in private
+
+
+def other_task(expert: Expert) -> str | None:
+    """The task model that the expert's own files name, where its classifier is none of whole inputs."""
+    if isinstance(expert.source, Adapter):
+        task = expert.source.config.get("task_type")
+        return f"an adapter for {task}" if task == "TOKEN_CLS" else None
+    named = model_config(expert.path).get("architectures") or []
+    return next((str(one) for one in named if str(one).endswith(_OTHER_TASKS)), None)
 
 
 def in_one_line(error: Exception) -> str:

@@ -45,7 +45,7 @@ def prepare(
         str(as_path(base).absolute()),
         {name: str(as_path(path).absolute()) for name, path in sorted(experts.items())},
         params,
-        selection or Selection(),
+        selection if selection is not None and params.preset is None else Selection(),  # a preset has its own family
     )
     checkpoints, plan, _ = open_job(job)
     return job, checkpoints, plan

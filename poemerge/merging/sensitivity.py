@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from poemerge.cache import cache_root
-from poemerge.checkpoints import ExpertSet, model_config, save_tensors
+from poemerge.checkpoints import Expert, ExpertSet, model_config, save_tensors
 from poemerge.checkpoints.safetensors_file import SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.identity import identity_of
 from poemerge.merging.inputs import tokens_of
-from poemerge.merging.predictor import Predictor, in_one_line, predicts
+from poemerge.merging.predictor import Predictor, in_one_line, other_task, predicts, trained_head
 from poemerge.merging.stream import processors, single_threaded
 
 if TYPE_CHECKING:
@@ -99,9 +99,20 @@ def why_not(experts: ExpertSet, max_memory: int) -> dict[str, str]:
     elif not {"vocab_size", "image_size", "vision_config"} & set(config):
         reason = f"no inputs are known for a model of type {config['model_type']}"
     else:
-        heads = {name: set(one.private_names()) for name, one in experts.experts.items()}
-        return {name: "it has no head of its own" for name, own in heads.items() if not predicts(own)}
+        reasons = {name: _no_answer(one) for name, one in experts.experts.items()}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
     return dict.fromkeys(experts.experts, reason)
+
+
+def _no_answer(expert: Expert) -> str | None:
+    """Why this expert does not say one class for an input; None where it does, or nothing is known of it but a head."""
+    private = set(expert.private_names())
+    if not predicts(private):
+        return "it has no head of its own"
+    other = other_task(expert)
+    if other is not None and trained_head(private):
+        return f"{other} does not say one class for an input"
+    return None
 
 
 def measuring_flops(experts: ExpertSet, plan: Plan) -> float:

@@ -98,7 +98,7 @@ class ParameterSettings:
     def multiple(self) -> float:
         """The coefficient, once it is settled."""
         if self.coefficient is None:
-            raise ValueError("this coefficient waits for the task vectors' length: see compute.with_length")
+            raise ValueError("this coefficient waits for the task vectors' length: see matrices.with_length")
         return self.coefficient
 
 
