@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from poemerge.checkpoints import Adapter, ExpertSet
+from poemerge.checkpoints.compatibility import transposed_layout
 from poemerge.errors import CheckpointError
 from tests.tiny import make_base, make_lora_expert
 
@@ -23,12 +24,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("adapters") / "base")
 
 
-def _gpt2(path: Path) -> Path:
+_GPT2: dict[str, Any] = {
+    "vocab_size": 60, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0
+}  # fmt: skip
+
+
+def _gpt2(path: Path, tied: bool = True) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(0)
-    GPT2LMHeadModel(config).save_pretrained(path)
+    GPT2LMHeadModel(GPT2Config(**_GPT2, tie_word_embeddings=tied)).save_pretrained(path)
     return path
 
 
@@ -93,6 +98,45 @@ def test_conv1d_layers_are_transposed(tmp_path: Path) -> None:
     assert experts.transposed("transformer.h.0.attn.c_proj.weight")
 
 
+def test_conv1d_layers_are_transposed_whatever_else_is_adapted(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = _gpt2(tmp_path / "gpt2", tied=False)
+    config = LoraConfig(r=3, target_modules=["c_attn", "c_proj", "lm_head"])
+    merged = _train(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config), tmp_path / "expert")
+    saved = json.loads((tmp_path / "expert" / "adapter_config.json").read_text())
+    assert not saved["fan_in_fan_out"], "PEFT saves what its last module needed, a Linear here"
+    experts = ExpertSet.open(base, {"e": tmp_path / "expert"})
+    for name, value in load_file(base / "model.safetensors").items():
+        torch.testing.assert_close(experts.delta("e", name), merged[name] - value, atol=2e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "captions", "gpt_bigcode"]
+)
+def test_every_layer_that_transformers_transposes_is_known(kind: str) -> None:
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        GPT2Config,
+        VisionEncoderDecoderConfig,
+        VisionEncoderDecoderModel,
+        ViTConfig,
+    )
+    from transformers.pytorch_utils import Conv1D
+
+    if kind == "captions":
+        config: Any = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(), GPT2Config(**_GPT2))
+    else:
+        config = AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        model = VisionEncoderDecoderModel(config) if kind == "captions" else AutoModel.from_config(config)
+    conv = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    assert bool(conv) == (kind != "gpt_bigcode")
+    assert {name for name in model.state_dict() if transposed_layout(name, config.to_dict())} == conv
+
+
 def test_prefix_and_classifier_of_a_sequence_classifier(base: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
@@ -116,6 +160,22 @@ def test_head_beside_the_adapter_is_private(base: Path, tmp_path: Path) -> None:
     experts = ExpertSet.open(base, {"e": expert})
     assert list(experts.experts["e"].read_private()) == ["head.weight"]
     assert not any("head" in name for name in experts.experts["e"].full)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (3, 32)])
+def test_a_head_that_would_be_read_for_a_merged_weight_is_refused(
+    base: Path, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    from tests.tiny import make_full_expert
+
+    experts = {"full": make_full_expert(base, tmp_path / "f", 1), "lora": make_lora_expert(base, tmp_path / "l", 2)}
+    for folder in experts.values():
+        save_file({LAYER0_QUERY: torch.zeros(shape), "head.bias": torch.zeros(3)}, folder / "head.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        ExpertSet.open(base, experts)
+    assert [(one.where, one.expert, one.tensor) for one in caught.value.problems] == [
+        (str(folder / "head.safetensors"), name, LAYER0_QUERY) for name, folder in experts.items()
+    ]
 
 
 def test_mixed_with_a_full_expert_only_shared_matrices_are_dense(base: Path, tmp_path: Path) -> None:

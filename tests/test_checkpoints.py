@@ -14,6 +14,7 @@ from poemerge.checkpoints import (
     Checkpoint,
     ExpertSet,
     ShardFile,
+    compatibility,
     file_digest,
     folder_digest,
     layer_group,
@@ -80,6 +81,18 @@ def test_shards_with_index_load_in_transformers(base: Path, tmp_path: Path) -> N
     assert all(torch.equal(ours.read(name), value) for name, value in tensors.items())
 
 
+def test_a_single_file_goes_before_a_stale_index_as_in_transformers(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(base).save_pretrained(tmp_path, max_shard_size="30KB")
+    tensors = {name: value + 1 for name, value in load_file(base / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    ours, loaded = Checkpoint.open(tmp_path), AutoModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(ours.read(name), value) for name, value in tensors.items())
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+
+
 def test_a_shard_is_hashed_alike_in_rows_and_whole(tmp_path: Path) -> None:
     value = torch.randn(10, 4)
     shard = plan_shards([("a", torch.float32, (10, 4)), ("b", torch.float32, (4,))], 1000)[0]
@@ -142,6 +155,17 @@ def test_names_meet_across_prefixes() -> None:
     assert match_names(["a.w", "a.a.w"], ["a.w", "a.a.w"]) == {"a.w": "a.w", "a.a.w": "a.a.w"}
 
 
+def test_norms_meet_under_their_old_names_and_their_new() -> None:
+    old = ["bert.layer.0.w", "bert.layer.0.LayerNorm.gamma", "bert.layer.0.LayerNorm.beta"]
+    new = ["layer.0.w", "layer.0.LayerNorm.weight", "layer.0.LayerNorm.bias", "classifier.w"]
+    assert match_names(old, new) == dict(zip(new, old, strict=False))
+    assert match_names(new, old) == dict(zip(old, new, strict=False))
+    assert match_names(old, old) == dict(zip(old, old, strict=True))
+    both = ["w", "norm.gamma", "norm.weight"]
+    assert match_names(both, ["w", "norm.weight"]) == {"w": "w", "norm.weight": "norm.weight"}
+    assert match_names(both, ["w", "norm.gamma"]) == {"w": "w", "norm.gamma": "norm.gamma"}
+
+
 def test_layer_groups_leave_numbers_out() -> None:
     assert layer_group("encoder.layer.11.attention.self.query.weight") == "encoder.layer.attention.self.query"
 
@@ -177,6 +201,21 @@ def test_dtypes_and_shard_layouts_may_differ(base: Path, tmp_path: Path) -> None
         assert low.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rounding_to_the_dtype_of_its_file_has_not_moved_a_parameter(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(compatibility, "_BLOCK_BYTES", 1000)  # several blocks in most parameters
+    query, bias = "encoder.layer.0.attention.self.query.weight", "encoder.layer.1.output.dense.bias"
+    tensors = {name: value.to(dtype) for name, value in load_file(base / "model.safetensors").items()}
+    tensors[query][-1, -1] += 1
+    tensors[bias][0] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    experts = ExpertSet.open(base, {"e": tmp_path})
+    assert [name for name in experts.names() if experts.moved(name) != [False]] == [query, bias]
+    assert bool(experts.deltas("embeddings.word_embeddings.weight").any()) == (dtype != torch.float64)
+
+
 def test_tied_weights_stored_once_or_twice_are_one(tmp_path: Path) -> None:
     base = {"model.embed_tokens.weight": torch.randn(9, 4), "model.layers.0.w.weight": torch.randn(4, 4)}
     moved = {name: value + 0.1 for name, value in base.items()}
@@ -197,6 +236,55 @@ def test_tied_weights_stored_once_or_twice_are_one(tmp_path: Path) -> None:
     untied = {**moved, "lm_head.weight": torch.randn(9, 4)}
     experts = ExpertSet.open(tmp_path / "base1", {"untied": save("e3", untied)})
     assert experts.experts["untied"].private_names() == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("shared.weight", ["encoder.embed_tokens.weight"]),
+        ("shared.weight", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]),
+        ("model.embed_tokens.weight", ["lm_head.weight"]),
+        ("lm_head.weight", ["transformer.wte.weight"]),
+    ],
+)
+def test_a_tied_embedding_may_be_stored_under_another_name(tmp_path: Path, ours: str, theirs: list[str]) -> None:
+    block = {"block.0.w.weight": torch.randn(4, 4)}
+    embedding = torch.randn(90, 4)  # most of the model: without it the expert is a foreign one
+    for folder in ("base", "expert"):
+        (tmp_path / folder).mkdir()
+    save_file({**block, ours: embedding}, tmp_path / "base" / "model.safetensors")
+    head = {"lm_head.bias": torch.zeros(90)}
+    own = {name: embedding.add(0.1) for name in theirs}
+    save_file({**block, **head, **own}, tmp_path / "expert" / "model.safetensors")
+    for exclude in ((), (ours,)):
+        expert = ExpertSet.open(tmp_path / "base", {"e": tmp_path / "expert"}, exclude=exclude).experts["e"]
+        assert expert.private_names() == ["lm_head.bias"]
+        assert not expert.lacks
+    experts = ExpertSet.open(tmp_path / "base", {"e": tmp_path / "expert"})
+    torch.testing.assert_close(experts.deltas(ours)[0], torch.full((90, 4), 0.1))
+
+
+def test_another_tensor_is_not_taken_for_a_tied_embedding(tmp_path: Path) -> None:
+    block = {f"block.{i}.w.weight": torch.randn(4, 4) for i in range(9)}
+    embedding = torch.randn(9, 4)
+
+    def private(own: dict[str, torch.Tensor], ours: str = "model.embed_tokens.weight", config: str = "{}") -> list[str]:
+        for folder, tensors in (("base", {ours: embedding}), ("expert", own)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            save_file({**block, **tensors}, tmp_path / folder / "model.safetensors")
+        (tmp_path / "base" / "config.json").write_text(config)
+        expert = ExpertSet.open(tmp_path / "base", {"e": tmp_path / "expert"}).experts["e"]
+        assert expert.lacks == ([ours] if expert.private else [])
+        return sorted(expert.private_names())
+
+    near, nearer, untied = embedding + 0.1, embedding + 0.01, '{"tie_word_embeddings": false}'
+    assert private({"lm_head.weight": near}) == []
+    assert private({"lm_head.weight": near}, config=untied) == ["lm_head.weight"]
+    assert private({"encoder.embed_tokens.weight": near}, "shared.weight", untied) == []
+    assert private({"lm_head.weight": -near}) == ["lm_head.weight"]
+    assert private({"lm_head.weight": near[1:].clone()}) == ["lm_head.weight"]
+    assert private({"projection.weight": near}) == ["projection.weight"]
+    assert private({"lm_head.weight": near, "wte.weight": nearer}) == ["lm_head.weight", "wte.weight"]
 
 
 def test_what_an_expert_lacks_is_listed_not_hidden(base: Path, tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from poemerge.checkpoints import Checkpoint
 from poemerge.cli.main import main
 from poemerge.merging import merge
 from poemerge.params import MergeParams
+from tests.tiny import make_base, make_full_expert
 
 ROOT = Path(__file__).parent.parent
 SETTINGS: dict[str, Any] = {"max_shard_size": "12KB"}
@@ -184,6 +185,26 @@ def test_transformers_loads_the_result(models: dict[str, Path], tmp_path: Path, 
         ours, theirs = model.eval()(inputs).logits, start.eval()(inputs).logits
     assert bool(ours.isfinite().all())
     assert not torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_layer_norms_of_an_old_bert_are_merged_under_their_own_names(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    base = make_base(tmp_path / "base")
+    experts = {f"e{seed}": make_full_expert(base, tmp_path / f"e{seed}", seed) for seed in (1, 2)}
+    tensors = load_file(base / "model.safetensors")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for name, value in tensors.items()
+    }
+    save_file(old, base / "model.safetensors", {"format": "pt"})
+    merge(base, experts, tmp_path / "m", MergeParams(method="mean"))
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    assert list(merged) == list(load_file(base / "model.safetensors"))
+    assert sum("LayerNorm" in name and not torch.equal(merged[name], old[name]) for name in old) == 10
+    model, info = AutoModel.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(model.embeddings.LayerNorm.weight, merged["embeddings.LayerNorm.gamma"])
 
 
 @pytest.mark.parametrize("side", ["both", "output", "input"])

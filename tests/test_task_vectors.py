@@ -82,6 +82,19 @@ def test_manifest_is_plain_arithmetic(project: Project, monkeypatch: pytest.Monk
     assert "4 task vectors" in report.headline
 
 
+def test_scalars_and_empty_tensors_are_parameters_too(project: Project) -> None:
+    """CLIP's logit_scale is one number."""
+    for folder, scale in ((project.base, 1.0), (project.expert("full"), 4.0), (project.expert("other"), 1.0)):
+        file = folder / "model.safetensors"
+        odd = {"logit_scale": torch.tensor(scale), "none": torch.zeros(0), "no_columns": torch.zeros(5, 0)}
+        save_file({**load_file(file), **odd}, file)
+    task_vectors(project, _params(project))
+    manifest = _manifest(project)
+    full, other = (manifest["experts"][name]["parameters"]["logit_scale"] for name in ("full", "other"))
+    assert (full["norm"], full["density"], other["norm"], other["density"]) == (3.0, 1.0, 0.0, 0.0)
+    assert not {"none", "no_columns"} & set(manifest["parameters"])
+
+
 def test_adapters_alone_stay_factored(project: Project) -> None:
     for name in ("full", "other"):
         shutil.rmtree(project.expert(name))

@@ -52,10 +52,11 @@ class Checkpoint:
             raise CheckpointError(
                 Problem(str(path), "no such folder", "a folder with safetensors weights", "check the path", expert)
             )
-        if (path / INDEX).is_file():
-            return Checkpoint(path, _open_shards(path, expert))
+        # As transformers does: an index beside a single file is a stale one.
         if (path / SINGLE).is_file():
             return Checkpoint(path, [SafetensorsFile.open(path / SINGLE, expert)])
+        if (path / INDEX).is_file():
+            return Checkpoint(path, _open_shards(path, expert))
         found = sorted(p for p in path.glob("*.safetensors") if p.name not in {HEAD, "adapter_model.safetensors"})
         if len(found) == 1 and "-of-" not in found[0].name:
             return Checkpoint(path, [SafetensorsFile.open(found[0], expert)])

@@ -9,26 +9,38 @@ from pathlib import Path
 import torch
 
 from poemerge.checkpoints.checkpoint import Checkpoint
-from poemerge.checkpoints.names import Rule, is_head, rule_of
+from poemerge.checkpoints.names import Rule, is_head, rule_of, tied_layer
 from poemerge.checkpoints.safetensors_file import FLOATS, dtype_name
 from poemerge.errors import Problem
 
-__all__ = ["config_problems", "foreign_problems", "same_tensor", "shape_problems", "transposed_layout"]
+__all__ = [
+    "config_problems",
+    "foreign_problems",
+    "renamed_embeddings",
+    "same_tensor",
+    "shape_problems",
+    "transposed_layout",
+    "unmoved",
+]
 
 _STRUCTURE = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
     "head_dim", "d_model", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "n_embd", "n_layer", "n_head",
     "num_experts", "num_local_experts", "patch_size", "image_size",
 )  # fmt: skip
+_CONV1D = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp", "clvp_decoder")
+"""Model types with layers of transformers.pytorch_utils.Conv1D (all of transformers 5.23)."""
 _TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 _SAMPLED_MATRICES, _SAMPLED_ROWS = 3, 64
+_BLOCK_BYTES = 1 << 24
 _LEAST_COSINE = 0.5
 """A fine-tuned weight lies within degrees of where it started; two trainings from scratch have a cosine near 0."""
 
 
 def transposed_layout(name: str, config: Mapping[str, object]) -> bool:
-    """Whether the architecture stores the weight `name` as [in, out] (Conv1D of the GPT-2 family)."""
-    return config.get("model_type") in {"gpt2", "openai-gpt", "decision_transformer"} and bool(_TRANSPOSED.search(name))
+    """Whether the architecture, or a part of it (a decoder), stores the weight `name` as [in, out]: GPT-2's Conv1D."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    return any(part.get("model_type") in _CONV1D for part in parts) and bool(_TRANSPOSED.search(name))
 
 
 def config_problems(
@@ -105,12 +117,8 @@ def foreign_problems(
     matrices = [n for n, own in full.items() if len(base.shape(n)) == 2 and weights.shape(own) == base.shape(n)]
     step = max(1, len(matrices) // _SAMPLED_MATRICES)
     for name in matrices[::step][:_SAMPLED_MATRICES]:
-        rows = slice(0, _SAMPLED_ROWS)
-        ours = base.read(name, rows).to(torch.float64).flatten()
-        theirs = weights.read(full[name], rows).to(torch.float64).flatten()
-        norms = float(ours.norm() * theirs.norm())
-        cosine = float(ours @ theirs) / norms if norms > 0 else 1.0
-        if cosine < _LEAST_COSINE:  # false for NaN: the merge names non-finite tensors itself
+        cosine = _cosine(base, name, weights, full[name])
+        if cosine is not None and cosine < _LEAST_COSINE:  # false for NaN: the merge names non-finite tensors itself
             yield Problem(
                 str(path),
                 f"values unrelated to the base's (cosine {cosine:.2f} over its first rows)",
@@ -122,13 +130,52 @@ def foreign_problems(
             return
 
 
+def renamed_embeddings(
+    base: Checkpoint, weights: Checkpoint, matched: Mapping[str, str], config: Mapping[str, object]
+) -> dict[str, str]:
+    """Own name → base name of embeddings that the base stores under one of their tied names, the expert under another.
+
+    One that no tensor left over from `matched`, or several that differ, may stand for is left alone.
+    """
+    tied = config.get("tie_word_embeddings") is not False
+    found: dict[str, str] = {}
+    for name in base.names():
+        shape, kind = base.shape(name), tied_layer(name)
+        if name in matched.values() or kind is None or rule_of(name, shape, base.dtype(name)) != "embedding":
+            continue
+        twins = [
+            own
+            for own in weights.names()
+            if own not in matched and own not in found and weights.shape(own) == shape and weights.dtype(own) in FLOATS
+            if tied_layer(own) == kind == "input" or (tied and tied_layer(own) is not None)
+            if (_cosine(base, name, weights, own) or 0.0) >= _LEAST_COSINE
+        ]
+        if twins and all(same_tensor(weights, twins[0], weights, twin) for twin in twins[1:]):
+            found |= dict.fromkeys(twins, name)
+    return found
+
+
+def _cosine(base: Checkpoint, name: str, weights: Checkpoint, own: str) -> float | None:
+    """The cosine between the first rows of two matrices; None where these are zero."""
+    rows = slice(0, _SAMPLED_ROWS)
+    ours = base.read(name, rows).to(torch.float64).flatten()
+    theirs = weights.read(own, rows).to(torch.float64).flatten()
+    norms = float(ours.norm() * theirs.norm())
+    return None if norms == 0 else float(ours @ theirs) / norms
+
+
 def same_tensor(one: Checkpoint, name: str, other: Checkpoint, twin: str) -> bool:
     """Whether two tensors are equal bit for bit, read in blocks of rows and no further than the first difference."""
-    if one.shape(name) != other.shape(twin) or one.dtype(name) != other.dtype(twin):
+    return one.dtype(name) == other.dtype(twin) and unmoved(one, name, other, twin)
+
+
+def unmoved(base: Checkpoint, name: str, weights: Checkpoint, own: str) -> bool:
+    """Whether a tensor is the base's in the dtype that it is stored in, read as `same_tensor` reads."""
+    shape, dtype = base.shape(name), weights.dtype(own)
+    if shape != weights.shape(own):
         return False
-    shape = one.shape(name)
     if not shape:
-        return torch.equal(one.read(name), other.read(twin))
-    block = max(1, (1 << 24) * shape[0] // max(one.nbytes(name), 1))
+        return torch.equal(base.read(name).to(dtype), weights.read(own))
+    block = max(1, _BLOCK_BYTES * shape[0] // max(base.nbytes(name), 1))
     blocks = (slice(first, first + block) for first in range(0, shape[0], block))
-    return all(torch.equal(one.read(name, rows), other.read(twin, rows)) for rows in blocks)
+    return all(torch.equal(base.read(name, rows).to(dtype), weights.read(own, rows)) for rows in blocks)

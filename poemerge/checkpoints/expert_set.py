@@ -14,9 +14,11 @@ from poemerge.checkpoints.checkpoint import HEAD, Checkpoint, model_config
 from poemerge.checkpoints.compatibility import (
     config_problems,
     foreign_problems,
+    renamed_embeddings,
     same_tensor,
     shape_problems,
     transposed_layout,
+    unmoved,
 )
 from poemerge.checkpoints.names import Rule, match_names, rule_of, selected
 from poemerge.checkpoints.remote import as_path
@@ -81,6 +83,11 @@ class Expert:
     def private_names(self) -> list[str]:
         """Names of its private parameters, head.safetensors included."""
         return [*self.private, *(self._head.names() if self._head is not None else ())]
+
+    def shadowed(self) -> list[str]:
+        """Its own names of weights to be merged that head.safetensors has too."""
+        own = [*self.full.values(), *self.lora.values()]
+        return [name for name in own if self._head is not None and name in self._head]
 
     def read_private(self) -> dict[str, Tensor]:
         """Its private parameters by name, in their stored dtype."""
@@ -228,12 +235,12 @@ class ExpertSet:
         return [self._factors(self.experts[expert], name) for expert in self.touching(name)]
 
     def moved(self, name: str) -> list[bool]:
-        """For every expert in `touching(name)`, whether its delta is other than zero; a whole tensor is read up to its
-        first difference from the base's."""
+        """For every expert in `touching(name)`, whether its delta is more than the rounding to the dtype that it is
+        stored in; a whole tensor is read up to its first difference from the base's."""
         found = []
         for one in (self.experts[expert] for expert in self.touching(name)):
             whole = one.full.get(name)
-            differs = whole is not None and not same_tensor(self.base, name, one.weights, one.stored(whole))
+            differs = whole is not None and not unmoved(self.base, name, one.weights, one.stored(whole))
             found.append(differs or (name in one.lora and all(bool(f.any()) for f in self._factors(one, name)[:2])))
         return found
 
@@ -304,8 +311,9 @@ def _is_transposed(adapter: Adapter, own: str, shape: tuple[int, ...], name: str
     natural = (adapter.checkpoint.shape(module.b)[0], adapter.checkpoint.shape(module.a)[1])
     if natural[0] != natural[1]:
         return natural != tuple(shape)
-    # A square weight does not tell: fan_in_fan_out is one flag for all modules and PEFT sets it for Conv1D.
-    return bool(adapter.config.get("fan_in_fan_out")) and transposed_layout(name, config)
+    # A square weight does not tell, nor does fan_in_fan_out: PEFT corrects that one flag for each module in turn and
+    # saves what the last one needed.
+    return transposed_layout(name, config)
 
 
 def _meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterator[Problem]:
@@ -322,6 +330,8 @@ def _meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterat
     else:
         own_full, own_lora = expert.source.names(), []
     matched = match_names(in_base, own_full + own_lora)
+    if expert.kind == "full":
+        matched |= renamed_embeddings(base, expert.weights, matched, config)
     # Buffers of integers are no weights, but an integer where the base has a weight is told below.
     own_full = [
         own
@@ -374,6 +384,21 @@ def _meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterat
         for target in [target for target in expert.full if target in expert.lora]:
             if same_tensor(base, target, expert.weights, expert.stored(expert.full[target])):
                 del expert.full[target]
+    yield from _shadow_problems(expert)
+
+
+def _shadow_problems(expert: Expert) -> Iterator[Problem]:
+    """Tensors of head.safetensors with the names of weights that are merged: one of the two would be read for both."""
+    shadowed = expert.shadowed()
+    if shadowed:
+        yield Problem(
+            str(expert.path / HEAD),
+            f"{len(shadowed)} of the expert's weights that are merged, a second time",
+            "names that none of these has",
+            "keep nothing but the task's private tensors in this file, under names of their own",
+            expert.name,
+            shadowed[0],
+        )
 
 
 def _untangle_ties(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule], absent: set[str]) -> None:

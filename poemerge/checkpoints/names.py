@@ -11,7 +11,7 @@ import torch
 
 from poemerge.checkpoints.safetensors_file import FLOATS
 
-__all__ = ["Rule", "classes_of", "is_head", "layer_group", "match_names", "rule_of", "selected"]
+__all__ = ["Rule", "classes_of", "is_head", "layer_group", "match_names", "rule_of", "selected", "tied_layer"]
 
 Rule = Literal["matrix", "vector", "embedding", "base"]
 
@@ -22,6 +22,11 @@ _EMBEDDING = re.compile(
 _PATCHES = re.compile(r"(^|[._])patch_?(embed|proj)\w*\.(?!.*pos)")
 """What projects patches of an image is called an embedding and is a linear layer: its inputs are pixels, no rows are
 looked up."""
+_TIED = re.compile(
+    r"(^|\.)((?P<output>lm_head|decoder|proj_out|output_projection|embed_out|vocab_projector|generator_lm_head)"
+    r"|shared|embed_tokens|wte|word_embeddings?|tokens_embed|tok_embeddings|embed_in)\.weight$"
+)
+"""What transformers' models tie to one another: the embedding of tokens, under all its names, and output layers."""
 _NORM = re.compile(r"(^|[._])(\w*norm\w*|ln\d*|ln_\w+)([._]|$)", re.IGNORECASE)
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
 
@@ -39,6 +44,9 @@ _RENAMED_MODULES = tuple(
 )
 """Vision transformers: an adapter has the names that modules have in transformers 5, a saved model those of before."""
 
+_NORM_PARTS = {".gamma": ".weight", ".beta": ".bias"}
+"""Layer norms of checkpoints that TensorFlow's were converted to (bert-base-uncased), and what they are called now."""
+
 
 def classes_of(private: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """`num_labels` of a classifier's private parameters, for its configuration; nothing where its matrices differ."""
@@ -51,8 +59,29 @@ def match_names(ours: Collection[str], theirs: Sequence[str]) -> dict[str, str]:
 
     A task model keeps its backbone under a prefix (bert., model., vit.) that the bare base lacks, or the other way
     round: transformers' base_model_prefix. The prefix is the one that lets most names meet; none, when that is as good.
-    Names of modules are tried as the files call them where transformers has renamed the modules since.
+    Names of modules are tried as the files call them where transformers has renamed the modules since; `gamma` and
+    `beta` of a layer norm meet `weight` and `bias` where that leaves every other pair as it is.
     """
+    plain = _match_modules(ours, theirs)
+    if not any(name.endswith(tuple(_NORM_PARTS)) for name in (*ours, *theirs)):
+        return plain
+    our_norms, their_norms = _renamed_norms(ours), _renamed_norms(theirs)
+    matched = _match_modules(our_norms, list(their_norms))
+    found = {their_norms[own]: our_norms[target] for own, target in matched.items()}
+    return found if plain.items() <= found.items() else plain
+
+
+def _renamed_norms(names: Collection[str]) -> dict[str, str]:
+    """The names given, by what they are called now; one stays where another tensor is called so already."""
+    known, found = set(names), {}
+    for name in names:
+        stem, dot, last = name.rpartition(".")
+        now = stem + _NORM_PARTS.get(dot + last, dot + last)
+        found[name if now in known else now] = name
+    return found
+
+
+def _match_modules(ours: Collection[str], theirs: Sequence[str]) -> dict[str, str]:
     best = _match(ours, theirs)
     in_files = {name: _name_in_files(name) for name in theirs}
     found = _match(ours, list(in_files.values()))
@@ -106,6 +135,12 @@ def rule_of(name: str, shape: Sequence[int], dtype: torch.dtype) -> Rule:
     if _EMBEDDING.search(name) and not _PATCHES.search(name):
         return "embedding"
     return "matrix" if len(shape) == 2 or (len(shape) == 3 and "expert" in name) else "vector"
+
+
+def tied_layer(name: str) -> Literal["input", "output"] | None:
+    """Which of the layers that may be tied to one another a parameter belongs to; None for any other."""
+    match = _TIED.search(name)
+    return None if match is None else "output" if match["output"] else "input"
 
 
 def is_head(name: str) -> bool:

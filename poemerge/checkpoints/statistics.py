@@ -48,14 +48,14 @@ class TaskVectorStatistics:
 
 
 def task_vector_statistics(experts: ExpertSet) -> TaskVectorStatistics:
-    """Statistics of every parameter of `experts`, each file read once, front to back.
+    """Statistics of every parameter of `experts` that has entries, each file read once, front to back.
 
     Adapters stay factored: ⟨B_i A_i, B_j A_j⟩ = Σ (B_iᵀB_j) ∘ (A_i A_jᵀ). Raises CheckpointError naming every tensor
     that is not finite.
     """
     found = TaskVectorStatistics()
     for name in experts.names():
-        if experts.rule(name) == "base":
+        if experts.rule(name) == "base" or not math.prod(experts.base.shape(name)):
             continue
         one = _factored(experts, name) if experts.is_factored(name) else _dense(experts, name)
         found.parameters.append(one)
@@ -134,7 +134,7 @@ def _dense(experts: ExpertSet, name: str) -> ParameterStatistics:
     for rows in _row_blocks(experts.base.shape(name)):
         loaded = experts.load(name, rows)
         base_norm_sq += float(loaded.base.double().square().sum())
-        flat = loaded.deltas().flatten(1)
+        flat = loaded.deltas().reshape(len(touching), loaded.base.numel())
         changed = [known + int(count) for known, count in zip(changed, (flat != 0).sum(1), strict=True)]
         # float32 products summed in float64 over short pieces: exact enough for a cosine, and no float64 copy.
         for piece in flat.split(1 << 16, dim=1):  # type: ignore[no-untyped-call]
