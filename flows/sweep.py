@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from poemerge.project import Project
 from poemerge.registry.sweeps import SweepRun
 from poemerge.report.surface import write_surface
-from poemerge.search.sweep import SweepSettings, Trial
+from poemerge.search.sweep import SweepSettings, Trial, check_settings
 from poemerge.search.sweep import sweep as search
 from poemerge.search.write_back import write_back
 
@@ -42,6 +42,7 @@ def sweep(request: Sweep = Sweep()) -> dict[str, Any]:  # noqa: B008 - frozen
     project = Project.find()
     params = project.load_params()
     settings = SweepSettings(**request.model_dump(exclude={"write"}))
+    check_settings(params, settings)  # before a record is opened of a search that cannot be
     record = SweepRun(project, f"sweep of {params.register_.model}", asdict(settings))
 
     def on_trial(trial: Trial) -> None:

@@ -87,7 +87,11 @@ class StageError(PoemergeError):
 
 
 class SuiteError(PoemergeError):
-    """An evaluation suite cannot be loaded or scored."""
+    """An evaluation suite cannot be loaded or scored; `problem` where it is one setting that is wrong."""
+
+    def __init__(self, said: str | Problem) -> None:
+        self.problem = said if isinstance(said, Problem) else None
+        super().__init__(str(said))
 
 
 class RegistryError(PoemergeError):

@@ -54,7 +54,7 @@ def due(project: Project, changes: Iterable[Change], settle_seconds: float = 0.0
     at_work = holder(project.run_lock) is not None
     found = []
     for change in changes:
-        entry = known.get(change.name)
+        entry = known.get(_place(change))
         if entry is None or entry["revision"] != _revision(change):
             found.append(change)
         elif not at_work and entry["times"] <= len(RETELL_SECONDS):
@@ -68,10 +68,10 @@ def note_told(project: Project, changes: Iterable[Change]) -> None:
     """Remember that `changes` were told now."""
     known = _told(project)
     for change in changes:
-        entry = known.get(change.name)
+        entry = known.get(_place(change))
         again = entry is not None and entry["revision"] == _revision(change)
         times = 1 + (entry["times"] if entry is not None and again else 0)
-        known[change.name] = {"revision": _revision(change), "times": times, "at": time.time()}
+        known[_place(change)] = {"revision": _revision(change), "times": times, "at": time.time()}
     path = _told_file(project)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(known, indent=2) + "\n")
@@ -80,6 +80,11 @@ def note_told(project: Project, changes: Iterable[Change]) -> None:
 def forget_told(project: Project) -> None:
     """Have everything told again that is not merged."""
     _told_file(project).unlink(missing_ok=True)
+
+
+def _place(change: Change) -> str:
+    """A suite has its expert's name as a rule: only both say which landing it is."""
+    return f"{change.what} {change.name}"
 
 
 def _revision(change: Change) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+import zoneinfo
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from poemerge.errors import ParamsError, Problem
 
@@ -220,6 +221,12 @@ class GateParams(Section):
     licenses: tuple[str, ...] | None = None
     max_size: ByteCount | None = None
 
+    @model_validator(mode="after")
+    def _the_size_is_one(self) -> GateParams:
+        if self.max_size is not None:
+            parse_bytes(self.max_size)
+        return self
+
 
 class RegisterParams(Section):
     """The registered model's name, and how promotion is decided."""
@@ -244,6 +251,13 @@ class ScheduleParams(Section):
     cron: str | None = "0 3 * * *"
     timezone: str = "UTC"
     watch: WatchParams = WatchParams()
+
+    @field_validator("timezone")
+    @classmethod
+    def _is_a_time_zone(cls, name: str) -> str:
+        if name not in zoneinfo.available_timezones():
+            raise ValueError(f"{name!r} is no time zone; write for instance UTC or Europe/Berlin")
+        return name
 
 
 class Params(Section):
@@ -284,6 +298,8 @@ def _mapping_without_duplicates(loader: _UniqueKeyLoader, node: yaml.MappingNode
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a key that is no word", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {key!r} stands twice, first on line {seen[key]}", key_node.start_mark

@@ -69,8 +69,8 @@ def make_plan(project: Project, params: Params, changed: Mapping[str, list[Any]]
     Arguments: `changed`, what `dvc status` says of each stage that is not up to date.
     Raises BadInputError and SourceError as resolving the sources does.
     """
-    lock = resolve(project, params, write=False)
-    sources = tuple(lock.changes(Lock.read(project.sources_lock)))
+    lock, before = resolve(project, params, write=False), Lock.read(project.sources_lock)
+    sources = tuple(lock.changes(before))
     stages: dict[str, dict[str, Any]] = yaml.safe_load(project.dvc_yaml.read_text(encoding="utf-8"))["stages"]
     recorded = _recorded(project)
     seconds = _seconds(project)
@@ -82,13 +82,14 @@ def make_plan(project: Project, params: Params, changed: Mapping[str, list[Any]]
             resolved = [r for r in reasons if r.what == project.sources_lock.name]
             reasons = [r for r in reasons if r not in resolved]
             reasons += [Reason("source", _told(change)) for change in sources]
+            reasons += [Reason("source", f"what is said of {one} changed") for one in lock.restated(before)]
             if resolved and not sources:
                 reasons.append(Reason("source", "what was resolved last is not fetched yet"))
-        before = [plan.stage for plan in plans if plan.work != "none" and _feeds(stages[plan.stage], stages[name])]
+        ahead = [plan.stage for plan in plans if plan.work != "none" and _feeds(stages[plan.stage], stages[name])]
         if reasons:
             plans.append(StagePlan(name, "run", tuple(reasons), seconds.get(name)))
-        elif before:
-            why = tuple(Reason("stage", f"{stage} comes before it") for stage in before)
+        elif ahead:
+            why = tuple(Reason("stage", f"{stage} comes before it") for stage in ahead)
             plans.append(StagePlan(name, "perhaps", why, seconds.get(name)))
         else:
             plans.append(StagePlan(name, "none", (), seconds.get(name)))

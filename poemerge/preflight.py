@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from poemerge.errors import BadInputError, CheckpointError, ParamsError, Problem
-from poemerge.params import ExpertParams, Params, SourceParams, SuiteParams
+from poemerge.params import ExpertParams, Params, ScheduleParams, SourceParams, SuiteParams
 from poemerge.project import Project
 from poemerge.sources import find_problems
 
@@ -40,6 +40,9 @@ def preflight(project: Project) -> Params:
         else (params.base, dict(params.experts), dict(params.evaluate.suites))
     )
     include, exclude = (("*",), ()) if params is None else (params.merge.include, params.merge.exclude)
+    problems += _suites(suites)
+    if params is not None:
+        problems += _schedule(params.schedule)
     found = find_problems(project.root, base, experts, suites)
     missing = {problem.expert for problem in found if problem.expert is not None}
     found += _misfits(project, base, {n: e for n, e in experts.items() if n not in missing}, include, exclude)
@@ -65,6 +68,38 @@ def _untracked(project: Project) -> list[Problem]:
         for key, stage in tracked.items()
         if raw and key not in raw
     ]
+
+
+def _suites(suites: Mapping[str, SuiteParams]) -> list[Problem]:
+    """Kinds, options and metrics that there are not."""
+    from poemerge.errors import SuiteError
+    from poemerge.suites.protocol import SuiteSpec, open_suite  # imports torch
+
+    problems = []
+    for name, settings in suites.items():
+        try:
+            open_suite(SuiteSpec(name, settings))
+        except SuiteError as error:
+            where, said = f"params.yaml evaluate.suites.{name}", error.problem
+            problems.append(
+                Problem(where, str(error), "a suite that can be opened", "mend it")
+                if said is None
+                else replace(said, where=f"{where}: {said.where}")
+            )
+    return problems
+
+
+def _schedule(schedule: ScheduleParams) -> list[Problem]:
+    if schedule.cron in {None, ScheduleParams().cron}:
+        return []
+    from prefect.client.schemas.schedules import CronSchedule
+
+    try:
+        CronSchedule(cron=schedule.cron, timezone=schedule.timezone)
+    except ValidationError:
+        expected = "five fields: minute, hour, day of the month, month, day of the week"
+        return [Problem("params.yaml schedule.cron", repr(schedule.cron), expected, "for instance 0 3 * * *")]
+    return []
 
 
 def _misfits(

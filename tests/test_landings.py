@@ -89,6 +89,12 @@ def test_a_landing_is_told_once_and_again_ever_later_and_then_no_more(
     assert names(due(project, changes)) == ["a"]
 
 
+def test_an_expert_and_its_suite_are_two_landings(project: Project) -> None:
+    changes = [Change("expert", "a", "models/a", "1", "2"), Change("suite", "a", "suites/a", "3", "4")]
+    note_told(project, changes)
+    assert due(project, changes) == []
+
+
 def test_nothing_is_told_again_while_a_re_merge_is_at_work(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     retrain(project, "a", 7)
     note_told(project, landed(project))

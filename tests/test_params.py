@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -112,7 +113,7 @@ def test_student_t_needs_its_tail_index() -> None:
         Params.model_validate({**base, "expert": {"family": "student_t"}})
     with pytest.raises(ValidationError, match="belongs to family student_t"):
         Params.model_validate({**base, "expert": {"family": "cauchy", "tail_index": 2.0}})
-    with pytest.raises(ValidationError, match="merge.preset paper-t5 has Cauchy experts"):
+    with pytest.raises(ValidationError, match="paper-t5 has Cauchy experts"):
         Params.model_validate({**base, "expert": {"family": "gaussian"}, "merge": {"preset": "paper-t5"}})
 
 
@@ -125,3 +126,21 @@ def test_amounts_of_memory(text: int | str, count: int) -> None:
 def test_amounts_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match=r"no amount|not positive|any number"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"register": {"gates": {"max_size": "huge"}}}, "no amount of memory"),
+        ({"schedule": {"timezone": "Mars/Olympus"}}, "no time zone"),
+    ],
+)
+def test_settings_of_the_last_stages_are_checked_with_the_others(section: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Params.model_validate({"base": {"source": "b"}, "experts": {"a": {"source": "x"}}, **section})
+
+
+def test_a_key_that_is_a_list_is_told(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("base: {source: b}\n? [a, b]\n: 1\n")
+    with pytest.raises(ParamsError, match=r"a key that is no word[^$]*line 2"):
+        load_params(tmp_path / "params.yaml")

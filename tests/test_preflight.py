@@ -11,6 +11,7 @@ import pytest
 from pipeline import environment, make_project, poemerge, read_params, write_params
 from tiny import make_base, make_full_expert
 
+from poemerge.cli.doctor import _repository
 from poemerge.errors import BadInputError
 from poemerge.preflight import preflight
 from poemerge.project import Project
@@ -55,6 +56,26 @@ def test_a_typo_a_missing_folder_and_a_foreign_expert_are_told_at_once(tiny_proj
     assert not tiny_project.prefect_home.exists(), "no server was started"
 
 
+def test_suites_and_the_schedule_are_checked_before_anything_runs(tiny_project: Project) -> None:
+    params = read_params(tiny_project.root)
+    suites = params["evaluate"]["suites"]
+    first, second = list(suites)[:2]
+    suites[first]["metric"] = "acc"
+    suites[second]["kind"] = "text-clasification"
+    params["schedule"] = {"cron": "at night"}
+    write_params(tiny_project.root, params)
+    with pytest.raises(BadInputError) as caught:
+        preflight(tiny_project)
+    told = {problem.where: problem for problem in caught.value.problems}
+    assert [where.partition(":")[0].removeprefix("params.yaml ") for where in told] == [
+        f"evaluate.suites.{first}", f"evaluate.suites.{second}", "schedule.cron"
+    ]  # fmt: skip
+    metric, kind, cron = told.values()
+    assert (metric.got, "accuracy" in metric.expected) == ("'acc'", True)
+    assert "text-classification" in kind.next_step
+    assert cron.got == "'at night'"
+
+
 def test_a_section_that_dvc_tracks_must_be_there(tiny_project: Project) -> None:
     params = read_params(tiny_project.root)
     del params["tail"]
@@ -94,3 +115,12 @@ def test_outside_a_project_every_command_says_what_to_do(tmp_path: Path) -> None
         )
         assert done.returncode == 2
         assert "No project here" in done.stderr
+
+
+def test_the_doctor_says_that_dvc_needs_a_repository(tmp_path: Path) -> None:
+    def verdict() -> str:
+        return next(check.verdict for check in _repository(Project(tmp_path)) if check.what == "git")
+
+    assert verdict() == "bad"
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    assert verdict() == "warn"

@@ -257,6 +257,32 @@ def test_changes_name_what_came_and_went() -> None:
     assert found == {("a", "r1", None), ("b", "r1", "r2"), ("c", None, "r1")}
 
 
+def test_what_is_said_of_a_source_is_no_landing_and_is_told() -> None:
+    entry = Entry("src", "r1")
+    before = Lock(entry, {"a": entry, "b": entry})
+    after = Lock(replace(entry, license="mit"), {"a": entry, "b": replace(entry, source="other", revision="r2")})
+    assert after.restated(before) == ["base base"]
+    assert after.restated(None) == []
+
+
+@pytest.mark.parametrize(
+    ("base", "folder"),
+    [
+        ("models/base", "./models"),
+        ("./models/base", "models"),
+        ("{root}/models/base", "models/"),
+        ("models/base/", "{root}/models"),
+        ("file://{root}/models/base", "models/*"),
+    ],
+)
+def test_the_base_is_no_member_however_it_is_spelt(project: Project, base: str, folder: str) -> None:
+    (project.root / "models" / "suite").rename(project.root / "suite")
+    base, folder = (text.format(root=project.root) for text in (base, folder))
+    full = "experts: {full: {source: ./models/full}}"
+    say(project.root, f"base: {{source: '{base}'}}\n{full}\ncollections: {{all: {{source: '{folder}'}}}}\n")
+    assert set(resolved(project).experts) == {"full", "lora"}
+
+
 def test_weights_are_taken_once() -> None:
     listing = [
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import poemerge
 from poemerge.checkpoints import folder_digest
+from poemerge.cli.main import main
 from poemerge.errors import ParamsError
 from poemerge.merging import FamilyChoice, Selection, merge
 from poemerge.numerics.reuse import reusing
@@ -257,6 +258,17 @@ def test_space_has_the_automatic_length_and_pooling_where_they_belong() -> None:
         assert settings_of(point, Params.model_validate(yaml.safe_load(TEXT)), None)
     for both in (True, False):
         assert any(("coefficient" in point) == both for point in points if point["method"] == "poe")
+
+
+def test_the_command_refuses_before_it_starts_a_server(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project.root)
+    monkeypatch.setattr("poemerge.cli.flows.prefect_here", lambda _: pytest.fail("a server was started"))
+    assert main(["sweep", "--method", "pou", "--split", "test"]) == 2
+    said = capsys.readouterr().err
+    assert "pou" in said
+    assert "on which the pipeline scores" in said
 
 
 @pytest.mark.server

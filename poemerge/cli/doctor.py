@@ -128,8 +128,10 @@ def _repository(project: Project) -> Iterator[Check]:
         )
         if asked.returncode == 0:
             yield Check("ok", "git", f"commit {asked.stdout.strip()}")
+        elif any((folder / ".git").exists() for folder in (project.root, *project.root.parents)):
+            yield Check("warn", "git", "no commit here: runs are not tied to one", "git commit")
         else:
-            yield Check("warn", "git", "no commit here: runs are not tied to one", "git init; git commit")
+            yield Check("bad", "git", "no repository here, and DVC works within one", "git init; git commit")
     if not (project.root / ".dvc").is_dir():
         yield Check("bad", "dvc repository", "no .dvc folder", "dvc init")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 
 __all__ = ["add_parser", "run"]
 
@@ -48,24 +49,24 @@ def run(args: argparse.Namespace) -> int:
     from poemerge.cli.flows import load, prefect_here
     from poemerge.errors import ParamsError, Problem
     from poemerge.project import Project
+    from poemerge.search.sweep import SweepSettings, check_settings
 
     for flag, value in (("--trials", args.trials), ("--minutes", args.minutes), ("--examples", args.examples)):
         if value is not None and value <= 0:
             raise ParamsError(Problem(flag, str(value), "a positive number", "give one"))
     project = Project.find()
-    project.load_params()
+    settings = SweepSettings(
+        trials=args.trials,
+        minutes=args.minutes,
+        methods=tuple(args.method or ["poe"]),
+        split=args.split,
+        max_examples=args.examples,
+        seed=args.seed,
+    )
+    check_settings(project.load_params(), settings)
     with prefect_here(project):
         module = load(project, "flows.sweep")
-        request = module.Sweep(
-            trials=args.trials,
-            minutes=args.minutes,
-            methods=tuple(args.method or ["poe"]),
-            split=args.split,
-            max_examples=args.examples,
-            seed=args.seed,
-            write=args.write,
-        )
-        found = module.sweep(request)
+        found = module.sweep(module.Sweep(**asdict(settings), write=args.write))
     if args.json:
         print(json.dumps(found, indent=2))
         return 0

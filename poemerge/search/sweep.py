@@ -26,7 +26,7 @@ from poemerge.suites.scores import normalised
 from poemerge.suites.store import ScoreStore
 from poemerge.wholefile import write_whole
 
-__all__ = ["SweepResult", "SweepSettings", "Trial", "sweep"]
+__all__ = ["SweepResult", "SweepSettings", "Trial", "check_settings", "sweep"]
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def sweep(
     raises ParamsError when `split` is one that the pipeline scores on. A trial whose merge fails counts as 0. Trials
     share the Gram products of their experts, up to merge.max_memory.
     """
+    check_settings(params, settings)
     suites = _validation_suites(project, params, settings)
     tail_index, selection = _selected(project, params)
     field_ = Field.of(project)
@@ -137,7 +138,8 @@ def sweep(
     return SweepResult(trials, best, now, settings, tail_index, [suite.name for suite in suites])
 
 
-def _validation_suites(project: Project, params: Params, settings: SweepSettings) -> Sequence[OpenSuite]:
+def check_settings(params: Params, settings: SweepSettings) -> None:
+    """Raises ParamsError for methods that there are not, and for a split that the pipeline scores on."""
     problems = [
         Problem(
             f"params.yaml evaluate.suites.{name}.split",
@@ -152,6 +154,9 @@ def _validation_suites(project: Project, params: Params, settings: SweepSettings
     problems += [Problem("--method", name, f"one of {', '.join(METHODS)}", "choose one") for name in unknown]
     if problems:
         raise ParamsError(problems)
+
+
+def _validation_suites(project: Project, params: Params, settings: SweepSettings) -> Sequence[OpenSuite]:
     chosen = dict(params.evaluate.suites)
     if settings.max_examples is not None:
         chosen = {

@@ -109,6 +109,14 @@ class Lock:
                 )
         return found
 
+    def restated(self, before: Lock | None) -> list[str]:
+        """The sources of which params.yaml says something else than in `before`, though the revision is the same."""
+        return [
+            f"{what} {name}"
+            for what, name, new, old in self._pairs(before)
+            if new is not None and old is not None and new != old and new.revision == old.revision
+        ]
+
     def _pairs(self, before: Lock | None) -> list[tuple[str, str, Entry | None, Entry | None]]:
         pairs: list[tuple[str, str, Entry | None, Entry | None]] = [
             ("base", "base", self.base, before.base if before else None)

@@ -6,7 +6,8 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from urllib.parse import parse_qs
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from poemerge.params import CollectionParams, ExpertParams, Params, SourceParams, SuiteParams
 from poemerge.sources.address import is_remote
@@ -66,17 +67,25 @@ def members(name: str, collection: CollectionParams, params: Params, place: Work
     Never the base, never the model that this project registers (it would merge its own output), and none that stands
     under `experts` already. Raises Refusal when the collection cannot be listed.
     """
-    known = {params.base.source.split("@")[0], *(expert.source.split("@")[0] for expert in params.experts.values())}
+    known = {_spot(one.source, place) for one in (params.base, *params.experts.values())}
     found = []
     for member, source in _listed(collection.source, params, place):
         expert = re.sub(r"[^A-Za-z0-9._-]", "-", member).lstrip("._-")[:100]
-        if not expert or source.split("@")[0] in known:
+        if not expert or _spot(source, place) in known:
             continue
         if not _matches(member, collection.include) or _matches(member, collection.exclude):
             continue
         where = f"params.yaml collections.{name}.source, member {member}"
         found.append(Wanted("expert", expert, where, "checkpoint", source, collection=name, drop=not is_remote(source)))
     return sorted(found, key=lambda one: one.name)
+
+
+def _spot(source: str, place: Workplace) -> str:
+    """Where a source lies, however it is spelt and whatever its revision."""
+    if is_remote(source):
+        return source.split("@")[0].rstrip("/")
+    folder = unquote(urlsplit(source).path) if source.startswith("file://") else source
+    return str((place.root / Path(folder).expanduser()).resolve())
 
 
 def _listed(source: str, params: Params, place: Workplace) -> list[tuple[str, str]]:

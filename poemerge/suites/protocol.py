@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from poemerge.errors import SuiteError
+from poemerge.errors import Problem, SuiteError
 from poemerge.params import SuiteParams
 from poemerge.suites.scores import Columns, Metric
 
@@ -70,10 +70,7 @@ class SuiteSpec:
 
     def error(self, what: str, *, got: str, expected: str, next_step: str) -> SuiteError:
         """A SuiteError about `what` in this suite."""
-        return SuiteError(
-            f"suite {self.name} ({self.settings.kind}): {what}\n  got:      {got}\n  expected: {expected}\n"
-            f"  next:     {next_step}"
-        )
+        return SuiteError(Problem(f"suite {self.name} ({self.settings.kind}): {what}", got, expected, next_step))
 
 
 class Suite(Protocol):
@@ -131,4 +128,11 @@ def open_suite(spec: SuiteSpec) -> Suite:
             expected="an installed package",
             next_step="pip install 'poemerge[suites]', or the package that offers this kind",
         ) from error
-    return make(spec)
+    try:
+        return make(spec)
+    except SuiteError as error:
+        problem = error.problem
+        if problem is None or spec.name in problem.where:
+            raise
+        got, expected, next_step = problem.got, problem.expected, problem.next_step
+        raise spec.error(problem.where, got=got, expected=expected, next_step=next_step) from error

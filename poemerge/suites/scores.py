@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poemerge.errors import SuiteError
+from poemerge.errors import Problem, SuiteError
 
 __all__ = [
     "METRICS",
@@ -128,10 +128,8 @@ def metric_named(name: str) -> Metric:
     if given and kind in ("value", "loss"):
         return replace(METRICS[kind], name=name)
     if name not in METRICS:
-        raise SuiteError(
-            f"metric\n  got:      {name!r}\n  expected: one of {', '.join(METRICS)}\n"
-            "  next:     mend `metric` of the suite in params.yaml"
-        )
+        next_step = "mend `metric` of the suite in params.yaml"
+        raise SuiteError(Problem("metric", repr(name), f"one of {', '.join(METRICS)}", next_step))
     return METRICS[name]
 
 
