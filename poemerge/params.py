@@ -297,6 +297,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # << takes up another mapping's keys, which ours go before
+            continue
         key = loader.construct_object(key_node)
         if not isinstance(key, Hashable):
             raise yaml.constructor.ConstructorError(None, None, "a key that is no word", key_node.start_mark)

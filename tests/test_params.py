@@ -144,3 +144,11 @@ def test_a_key_that_is_a_list_is_told(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("base: {source: b}\n? [a, b]\n: 1\n")
     with pytest.raises(ParamsError, match=r"a key that is no word[^$]*line 2"):
         load_params(tmp_path / "params.yaml")
+
+
+def test_yaml_may_take_up_a_mapping(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(
+        "base: {source: b}\nexperts:\n  a: &a {source: x, license: mit}\n  c: {<<: *a, source: y}\n"
+    )
+    params = load_params(tmp_path / "params.yaml")
+    assert (params.experts["c"].source, params.experts["c"].license) == ("y", "mit")

@@ -382,7 +382,7 @@ def _meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterat
     elif isinstance(expert.source, Adapter):
         # PEFT saves an embedding whole beside its factors when the layer is adapted: an unchanged copy is no delta.
         for target in [target for target in expert.full if target in expert.lora]:
-            if same_tensor(base, target, expert.weights, expert.stored(expert.full[target])):
+            if unmoved(base, target, expert.weights, expert.stored(expert.full[target])):
                 del expert.full[target]
     yield from _shadow_problems(expert)
 

@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(plan.as_json(), indent=2, ensure_ascii=False))
         return 0
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)  # a pipe or a log has no width of its own
     for name, why in {**plan.skipped, **plan.waiting}.items():
         console.print(f"{name} is not taken: {why}", markup=False, soft_wrap=True)
     if not plan.has_work:

@@ -99,6 +99,7 @@ def evaluate_models(
                 missing.append((suite, key))
         plan.append((contender, missing))
     total = sum(suite.examples for _, missing in plan for suite, _ in missing)
+    before = runtime.tick
     with EvaluationProgress(total) as progress:
         runtime.tick = progress.tick
         for contender, missing in plan:
@@ -111,6 +112,7 @@ def evaluate_models(
                         results[suite.name][contender.name] = scored
                         progress.end(f"{suite.suite.metric.name} {scored[0].scores[suite.suite.metric.name]:.4f}")
                 runtime.release()
+    runtime.tick = before  # what comes later is none of these examples
     if not keep_others:
         store.prune()
     order = [contender.name for contender in contenders]
