@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poemerge.errors import ProjectError
-from poemerge.params import Params, load_params
+from poemerge.params import Params
+from poemerge.params_file import load_params
 
 __all__ = ["STAGES", "Project"]
 

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from poemerge.errors import ParamsError
-from poemerge.params import Params, load_params, parse_bytes
+from poemerge.params import Params, parse_bytes
+from poemerge.params_file import load_params
 
 GOOD = """
 base: {source: zoo/base}

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from poemerge.errors import SuiteError
-from poemerge.params import SuiteParams, load_params
+from poemerge.params import SuiteParams
+from poemerge.params_file import load_params
 from poemerge.suites.data import read_split
 from poemerge.suites.protocol import Model, SuiteSpec, kinds, open_suite
 from poemerge.suites.runtime import Runtime

@@ -22,7 +22,8 @@ from poemerge.errors import ParamsError
 from poemerge.merging import FamilyChoice, Selection, merge
 from poemerge.numerics.reuse import reusing
 from poemerge.numerics.two_sided import TwoSided
-from poemerge.params import Params, load_params
+from poemerge.params import Params
+from poemerge.params_file import load_params
 from poemerge.project import Project
 from poemerge.report.surface import write_surface
 from poemerge.search.space import current, settings_of, suggest

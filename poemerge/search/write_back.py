@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from poemerge.params import load_params
+from poemerge.params_file import load_params
 from poemerge.search.space import DEFAULT_TAIL_INDEX, Point
 
 __all__ = ["write_back"]
