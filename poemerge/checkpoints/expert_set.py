@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,94 +10,15 @@ import torch
 from torch import Tensor
 
 from poemerge.checkpoints.adapter import Adapter, dense, factored, is_adapter
-from poemerge.checkpoints.checkpoint import HEAD, Checkpoint, model_config
-from poemerge.checkpoints.compatibility import (
-    config_problems,
-    foreign_problems,
-    renamed_embeddings,
-    same_tensor,
-    shape_problems,
-    transposed_layout,
-    unmoved,
-)
-from poemerge.checkpoints.names import Rule, match_names, rule_of, selected
+from poemerge.checkpoints.checkpoint import Checkpoint, model_config
+from poemerge.checkpoints.compatibility import transposed_layout, unmoved
+from poemerge.checkpoints.expert import Expert, open_expert
+from poemerge.checkpoints.meeting import meet
+from poemerge.checkpoints.names import Rule, rule_of, selected
 from poemerge.checkpoints.remote import as_path
-from poemerge.checkpoints.safetensors_file import FLOATS
-from poemerge.checkpoints.vocabulary import vocabulary_problems
 from poemerge.errors import CheckpointError, Problem
 
-__all__ = ["Expert", "ExpertSet", "Loaded"]
-
-
-class Expert:
-    """One task model beside its base: which of its tensors stand for which of the base's, and which are its own.
-
-    `full`: base name → its own name for a tensor stored whole; `lora`: base name → its own name for a factored delta;
-    `private`: its own names of the parameters that the base lacks or has in another shape; `lacks`: base names of
-    weights that a full model does not hold (they stay at the base as far as this expert is concerned).
-    """
-
-    def __init__(self, name: str, path: Path, source: Checkpoint | Adapter, head: Checkpoint | None) -> None:
-        self.name = name
-        self.path = path
-        self.source = source
-        self.full: dict[str, str] = {}
-        self.lora: dict[str, str] = {}
-        self.private: list[str] = []
-        self.lacks: list[str] = []
-        self._head = head
-
-    @property
-    def kind(self) -> str:
-        """`adapter` or `full`."""
-        return "adapter" if isinstance(self.source, Adapter) else "full"
-
-    @property
-    def weights(self) -> Checkpoint:
-        """The checkpoint that its weights or factors lie in."""
-        return self.source.checkpoint if isinstance(self.source, Adapter) else self.source
-
-    def stored(self, own: str) -> str:
-        """The name in its file of the whole tensor that it calls `own`."""
-        return self.source.full[own] if isinstance(self.source, Adapter) else own
-
-    def read_own(self, own: str, rows: slice | None = None, pin: bool = False) -> Tensor:
-        """The whole tensor that it calls `own`, in its stored dtype; `own` may be private."""
-        if self._head is not None and own in self._head:
-            return self._head.read(own, rows, pin)
-        return self.weights.read(self.stored(own), rows, pin)
-
-    def rank(self, name: str) -> int:
-        """Rank of its factors for the base's weight `name`; 0 where it has none."""
-        own = self.lora.get(name)
-        return self.source.rank(own) if own is not None and isinstance(self.source, Adapter) else 0
-
-    def factor_bytes(self, name: str) -> int:
-        """Stored size of its factors for the base's weight `name`, in bytes."""
-        own = self.lora.get(name)
-        if own is None or not isinstance(self.source, Adapter):
-            return 0
-        module = self.source.modules[own]
-        return self.source.checkpoint.total_bytes([module.a, module.b])
-
-    def private_names(self) -> list[str]:
-        """Names of its private parameters, head.safetensors included."""
-        return [*self.private, *(self._head.names() if self._head is not None else ())]
-
-    def shadowed(self) -> list[str]:
-        """Its own names of weights to be merged that head.safetensors has too."""
-        own = [*self.full.values(), *self.lora.values()]
-        return [name for name in own if self._head is not None and name in self._head]
-
-    def read_private(self) -> dict[str, Tensor]:
-        """Its private parameters by name, in their stored dtype."""
-        return {own: self.read_own(own) for own in self.private_names()}
-
-    def close(self) -> None:
-        """Give the file descriptors back."""
-        self.source.close()
-        if self._head is not None:
-            self._head.close()
+__all__ = ["ExpertSet", "Loaded"]
 
 
 @dataclass
@@ -184,7 +105,7 @@ class ExpertSet:
         opened: dict[str, Expert] = {}
         for name, path in sorted(experts.items()):
             try:
-                opened[name] = _open_expert(name, as_path(path))
+                opened[name] = open_expert(name, as_path(path))
             except CheckpointError as error:
                 problems += error.problems
         if not experts:
@@ -197,7 +118,7 @@ class ExpertSet:
                 for name in base_checkpoint.names()
             }
             for expert in opened.values():
-                problems += _meet(base_checkpoint, expert, rules)
+                problems += meet(base_checkpoint, expert, rules)
         if problems or base_checkpoint is None:
             raise CheckpointError(problems)
         return ExpertSet(base_checkpoint, opened, rules)
@@ -288,21 +209,6 @@ class ExpertSet:
         return *factored(b, a, _is_transposed(expert.source, own, self.base.shape(name), name, self.config)), scaling
 
 
-def _open_expert(name: str, path: Path) -> Expert:
-    if path.is_dir() and is_adapter(path):
-        adapter = Adapter.open(path, name)
-        return Expert(name, path, adapter, adapter.head)
-    checkpoint = Checkpoint.open(path, name)
-    if not len(checkpoint):
-        raise CheckpointError(
-            Problem(
-                str(path), "no tensors", "the weights of a fine-tuned model", "fetch or save the expert again", name
-            )
-        )
-    head = Checkpoint.open(path / HEAD, name) if path.is_dir() and (path / HEAD).is_file() else None
-    return Expert(name, path, checkpoint, head)
-
-
 def _is_transposed(adapter: Adapter, own: str, shape: tuple[int, ...], name: str, config: Mapping[str, object]) -> bool:
     """Whether the delta of the module `own` is (B A)ᵀ in the base's layout: embeddings and Conv1D layers."""
     module = adapter.modules[own]
@@ -314,108 +220,3 @@ def _is_transposed(adapter: Adapter, own: str, shape: tuple[int, ...], name: str
     # A square weight does not tell, nor does fan_in_fan_out: PEFT corrects that one flag for each module in turn and
     # saves what the last one needed.
     return transposed_layout(name, config)
-
-
-def _meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterator[Problem]:
-    """Match the expert's tensors with the base's, filling its fields; yields every reason why they do not fit."""
-    config = model_config(base.path if base.path.is_dir() else base.path.parent)
-    if expert.kind == "full" and expert.path.is_dir():
-        yield from config_problems(config, model_config(expert.path), expert.path, expert.name)
-        if any(rule == "embedding" for rule in rules.values()):
-            yield from vocabulary_problems(base.path, expert.path, expert.name)
-    names = base.names()
-    in_base = set(names)
-    if isinstance(expert.source, Adapter):
-        own_full, own_lora = list(expert.source.full), list(expert.source.modules)
-    else:
-        own_full, own_lora = expert.source.names(), []
-    matched = match_names(in_base, own_full + own_lora)
-    if expert.kind == "full":
-        matched |= renamed_embeddings(base, expert.weights, matched, config)
-    # Buffers of integers are no weights, but an integer where the base has a weight is told below.
-    own_full = [
-        own
-        for own in own_full
-        if expert.weights.dtype(expert.stored(own)) in FLOATS or (own in matched and base.dtype(matched[own]) in FLOATS)
-    ]
-    for own in own_lora:
-        if own not in matched:
-            yield Problem(
-                str(expert.path),
-                "LoRA factors for a weight that the base's files lack",
-                "weights that the base has",
-                "it may be tied to another weight (an output layer to the embedding): merge the adapter into its base "
-                "with PEFT and use the full model; or it was trained on another architecture",
-                expert.name,
-                own,
-            )
-            continue
-        assert isinstance(expert.source, Adapter)
-        target = matched[own]
-        module = expert.source.modules[own]
-        b, a = expert.source.checkpoint.shape(module.b)[0], expert.source.checkpoint.shape(module.a)[1]
-        shape = base.shape(target)
-        if shape not in ((b, a), (a, b)) or (
-            shape != (b, a) and not (module.transposed or transposed_layout(target, config))
-        ):
-            yield Problem(
-                str(expert.path),
-                f"factors for a weight of shape {(b, a)}",
-                f"{shape}, the base's shape",
-                "name the base that this adapter was trained on",
-                expert.name,
-                own,
-            )
-        elif rules[target] != "base":
-            expert.lora[target] = own
-    yield from shape_problems(base, expert.weights, expert.stored, own_full, matched, rules, expert.path, expert.name)
-    for own in own_full:
-        other = matched.get(own)
-        if other is None or base.shape(other) != expert.weights.shape(expert.stored(own)):
-            expert.private.append(own)
-        elif rules[other] != "base":
-            expert.full[other] = own
-    if expert.kind == "full":
-        _untangle_ties(base, expert, rules, in_base - set(matched.values()))
-        held = {other: own for own, other in matched.items() if base.shape(other) == expert.weights.shape(own)}
-        yield from foreign_problems(base, expert.weights, held, expert.path, expert.name)
-    elif isinstance(expert.source, Adapter):
-        # PEFT saves an embedding whole beside its factors when the layer is adapted: an unchanged copy is no delta.
-        for target in [target for target in expert.full if target in expert.lora]:
-            if unmoved(base, target, expert.weights, expert.stored(expert.full[target])):
-                del expert.full[target]
-    yield from _shadow_problems(expert)
-
-
-def _shadow_problems(expert: Expert) -> Iterator[Problem]:
-    """Tensors of head.safetensors with the names of weights that are merged: one of the two would be read for both."""
-    shadowed = expert.shadowed()
-    if shadowed:
-        yield Problem(
-            str(expert.path / HEAD),
-            f"{len(shadowed)} of the expert's weights that are merged, a second time",
-            "names that none of these has",
-            "keep nothing but the task's private tensors in this file, under names of their own",
-            expert.name,
-            shadowed[0],
-        )
-
-
-def _untangle_ties(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule], absent: set[str]) -> None:
-    """Tied weights are stored once or twice, as the saving library pleased: bring the expert to the base's habit.
-
-    A copy that only the expert stores is dropped; a copy that only the base stores is read from its twin.
-    """
-    weights = expert.weights
-    twins = {name: own for name, own in expert.full.items() if rules[name] == "embedding"}
-    for own in list(expert.private):
-        if any(same_tensor(weights, own, weights, twin) for twin in twins.values()):
-            expert.private.remove(own)
-    for name in sorted(absent):
-        if rules[name] == "base":
-            continue
-        twin = next((t for t in twins if rules[name] == "embedding" and same_tensor(base, name, base, t)), None)
-        if twin is not None:
-            expert.full[name] = twins[twin]
-        else:
-            expert.lacks.append(name)
