@@ -53,12 +53,14 @@ def promote(request: Promotion) -> dict[str, Any]:
     """
     logger = get_run_logger()
     project = Project.find()
-    asked = promotion.ask(project, request.version)
+    ticket = str(flow_run.id)
+    # Suspended, a run starts again from the top: with the version that it asked for, wherever an alias stands by now.
+    meant = next((one.version for one in promotion.requests(project) if one.ticket == ticket), request.version)
+    asked = promotion.ask(project, meant)
     _publish(asked.version, asked.gates)
     if not asked.passed:
         raise RegistryError(f"Version {asked.version} may not become champion: {'; '.join(asked.failures)}")
     if asked.needs_approval and asked.champion != asked.version:
-        ticket = str(flow_run.id)
         waiting = promotion.request_approval(project, asked.version, ticket, by=request.by, reason=request.reason)
         if not _answered(project, waiting, asked):
             logger.info("Version %s was rejected", asked.version)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,26 @@ def make_project(root: Path) -> Project:
 def make_finished_project(root: Path) -> Project:
     """Such a project after its first run: merged, evaluated, registered."""
     shutil.copytree(_finished(), root, symlinks=True)
-    return Project(root.resolve())
+    project = Project(root.resolve())
+    _move_registry(project, _finished())
+    return project
+
+
+def _move_registry(project: Project, old: Path) -> None:
+    """Let the registry, which came with the copy, name the files of the copy: MLflow's places are absolute."""
+    places = {
+        "experiments": ("artifact_location",),
+        "runs": ("artifact_uri",),
+        "logged_models": ("artifact_location",),
+        "model_versions": ("source", "storage_location"),
+    }
+    with contextlib.closing(sqlite3.connect(project.mlflow_db)) as database, database:
+        for table, columns in places.items():
+            for column in columns:
+                database.execute(
+                    f"update {table} set {column} = replace({column}, ?, ?)",
+                    (old.as_uri() + "/", project.root.as_uri() + "/"),
+                )
 
 
 @functools.cache

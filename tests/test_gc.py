@@ -17,7 +17,7 @@ from poemerge.registry.journal import Journal
 from poemerge.registry.promotion import request_approval
 from poemerge.registry.record import record
 from poemerge.registry.tracking import connect
-from poemerge.registry.versions import list_versions
+from poemerge.registry.versions import find_version, list_versions
 from tasks.register import register
 from tests.registry_project import copied, merge_and_score
 
@@ -56,6 +56,33 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def numbers(project: Project) -> list[str]:
     return [version.version for version in list_versions(connect(project), "tiny")]
+
+
+def test_nothing_goes_while_it_cannot_be_read_what_stays_needs(
+    versions: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = connect(versions)
+    monkeypatch.chdir(versions.root)
+    locks = {}
+    for number in "24":
+        artifacts = client.get_run(find_version(client, "tiny", number).run_id).info.artifact_uri
+        locks[number] = Path(artifacts.removeprefix("file://")) / "project" / "dvc.lock"
+    stays, goes = locks["4"], locks["2"]
+    kept = stays.read_text()
+    stays.unlink()
+    assert main(["gc", "--keep", "2"]) == 1
+    told = capsys.readouterr()
+    assert "What version 4 needs cannot be read" in told.err
+    assert "removed" not in told.out
+    assert numbers(versions) == ["5", "4", "3", "2", "1"]
+    cache = versions.root / ".dvc" / "cache" / "files" / "md5"
+    assert len([path for path in cache.rglob("*") if path.is_file()]) == 11
+
+    stays.write_text(kept)
+    gone = goes.read_text()
+    goes.unlink()
+    assert plan(versions, 2).locks["2"] == "", "it goes, and what it shares with nothing stays in the cache"
+    goes.write_text(gone)
 
 
 def test_old_candidates_go_with_what_only_they_need(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import multiprocessing
 import os
 import signal
@@ -12,15 +14,20 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from rich.console import Console
 
+from poemerge.cli import decisions
+from poemerge.cli.main import main
+from poemerge.cli.verdict import say_verdict
 from poemerge.errors import RegistryError
 from poemerge.project import Project
 from poemerge.registry import champion as moves
 from poemerge.registry.champion import ChampionChangedError, move, rollback, settle, withdrawn
 from poemerge.registry.journal import Journal, JournalConflictError, Line
+from poemerge.registry.promotion import find_request, request_approval
 from poemerge.registry.tracking import connect
-from poemerge.registry.versions import CHAMPION, PREVIOUS, alias_version, find_version
-from tests.registry_project import fresh_registry
+from poemerge.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, alias_version, find_version
+from tests.registry_project import fresh_registry, write_params
 
 MODEL = "tiny"
 
@@ -240,3 +247,123 @@ def test_an_open_claim_is_waited_for(registry: Registry) -> None:
     assert registry.actions()[-1] == ("undone", "2")
     assert claim.number == last + 1
     assert replace(claim, number=0) != claim
+
+
+# What people are told, and by which names they may ask.
+
+
+@pytest.fixture
+def checkout(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """The registry of a project that is the working directory."""
+    write_params(registry.project, {"a": 1}, {"model": MODEL, "approval": "required"})
+    registry.project.dvc_yaml.write_text("stages: {}\n")
+    monkeypatch.chdir(registry.project.root)
+    return registry
+
+
+def registered(project: Project, version: int, before: int, *, promoted: bool) -> None:
+    """What the stages leave of a merge that was registered as `version` while `before` was champion."""
+    registration = {"model": MODEL, "version": version, "digest": "", "run_id": "r", "gates": [], "promoted": promoted,
+                    "aliases": ["champion"] if promoted else [], "champion_before": before}  # fmt: skip
+    for path, content in (
+        (project.registration_json, registration),
+        (project.merge_json, {"digest": "", "method": "poe", "experts": {}}),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+
+
+def verdict(project: Project) -> str:
+    stream = io.StringIO()
+    say_verdict(project, Console(file=stream, width=300))
+    return stream.getvalue()
+
+
+def status(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    capsys.readouterr()
+    assert main(["status", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["merged"]["registered"]
+    return {key: told[key] for key in ("version", "aliases", "champion")}
+
+
+def test_after_a_rollback_and_an_approval_the_champion_is_who_the_registry_says(
+    checkout: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkout.promote(1, None)
+    checkout.promote(2, 1)
+    registered(checkout.project, 2, 1, promoted=True)
+    assert "Version 2 is champion; it was 1." in verdict(checkout.project)
+    assert status(capsys) == {"version": 2, "aliases": ["champion"], "champion": 2}
+
+    rollback(checkout.client, checkout.journal, MODEL, reason="complaints")
+    told = verdict(checkout.project)
+    assert "version 2 (no alias)" in told
+    assert "Version 2 is champion no longer; version 1 is champion." in told
+    assert status(capsys) == {"version": 2, "aliases": [], "champion": 1}
+    assert main(["status"]) == 0
+    assert "Champion     version 1\n" in capsys.readouterr().out
+
+    registered(checkout.project, 3, 1, promoted=False)
+    assert "Version 3 is a candidate; version 1 stays champion." in verdict(checkout.project)
+    checkout.promote(3, 1)
+    assert "Version 3 is champion; it was 1." in verdict(checkout.project)
+    assert status(capsys) == {"version": 3, "aliases": ["champion"], "champion": 3}
+
+
+def test_where_the_registry_does_not_answer_the_last_registration_is_told_as_such(
+    checkout: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkout.promote(1, None)
+    registered(checkout.project, 2, 1, promoted=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    told = verdict(checkout.project)
+    assert "Version 2 is champion; it was 1." in told
+    assert "Registry: Not asked, so all this is as it was when it was registered." in told
+    assert main(["status"]) == 0
+    assert "Registry     Not asked" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.chdir(checkout.project.root)
+    registered(checkout.project, 9, 1, promoted=True)
+    assert "Version 9 is champion no longer; version 1 is champion." in verdict(checkout.project)
+    assert "has no version 9" in verdict(checkout.project)
+
+
+def test_a_request_is_found_by_the_alias_and_the_digest_of_its_version(checkout: Registry) -> None:
+    checkout.client.set_registered_model_alias(MODEL, CANDIDATE, "3")
+    checkout.client.set_model_version_tag(MODEL, "3", "poemerge.digest", "abcdef0123456789")
+    checkout.client.set_registered_model_alias(MODEL, PREVIOUS, "2")
+    asked = request_approval(checkout.project, "3", "ticket-3", by="ann", reason="")
+    for wanted in ("3", "v3", "ticket-3", "candidate", "abcdef01"):
+        assert find_request(checkout.project, wanted) == asked
+    with pytest.raises(RegistryError, match="got:      previous, version 2\n"):
+        find_request(checkout.project, "previous")
+    checkout.client.delete_model_version(MODEL, "3")
+    assert find_request(checkout.project, "3") == asked, "its version is gone, the request is not"
+
+
+def test_promote_and_approve_by_alias_name_the_number(
+    checkout: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkout.client.set_registered_model_alias(MODEL, CANDIDATE, "3")
+    asked: list[str] = []
+
+    def ask(project: Project, version: str, *, by: str, reason: str) -> None:
+        asked.append(version)
+        request_approval(project, version, "ticket-3", by=by, reason=reason)
+
+    def answer(_project: Project, wanted: str, *, approve: bool, by: str, reason: str) -> dict[str, str]:
+        asked.append(f"{wanted} {approve} {by} {reason}")
+        return {"champion_before": "1"}
+
+    monkeypatch.setattr(decisions, "promote", ask)
+    monkeypatch.setattr(decisions, "answer", answer)
+    assert main(["promote", "candidate", "--by", "ann"]) == 0
+    assert capsys.readouterr().out == "version 3 passed every gate and waits for approval: poemerge approve 3\n"
+    assert main(["approve", "candidate", "--by", "bob", "--reason", "good"]) == 0
+    assert capsys.readouterr().out == "version 3 is champion in place of version 1\n"
+    assert main(["reject", "candidate", "--by", "bob", "--reason", "bad"]) == 0
+    assert capsys.readouterr().out == "version 3 is rejected; the champion stays\n"
+    assert asked == ["3", "ticket-3 True bob good", "ticket-3 False bob bad"]
+    assert main(["promote", "champion"]) == 1
+    assert "No such version" in capsys.readouterr().err

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -108,6 +110,23 @@ def test_a_request_is_made_once_and_answered_once(project: Project) -> None:
     assert decide(project, "run-2", approve=True, by="bob", reason="")
     with pytest.raises(RegistryError, match="Nothing to answer"):
         find_request(project, "7")
+
+
+def test_a_run_that_waited_goes_on_with_the_version_that_it_asked_for(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flows.promote as module
+
+    asked = Mock(side_effect=RegistryError("far enough"))
+    monkeypatch.setattr(module.promotion, "ask", asked)
+    monkeypatch.setattr(module, "get_run_logger", Mock())
+    monkeypatch.chdir(project.root)
+    request_approval(project, "1", "run-1", by="ann", reason="r")
+    for ticket, meant in (("run-1", "1"), ("run-2", "candidate")):
+        monkeypatch.setattr(module, "flow_run", SimpleNamespace(id=ticket))
+        with pytest.raises(RegistryError, match="far enough"):
+            module.promote.fn(module.Promotion(version="candidate", by="ann"))
+        assert asked.call_args.args[1] == meant
 
 
 def test_an_answer_that_comes_too_late_does_not_count(project: Project) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,44 @@ def test_code_that_differs_from_its_commit_is_told(project: Project) -> None:
     assert code_of(project.root).changed == ("dvc.yaml", "new.py")
     assert "# changed" in code_patch(project.root)
     assert "a remark" not in code_patch(project.root)
+
+
+def test_a_copied_checkout_does_not_write_into_the_registry_of_the_original(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(connect(project), project, project.load_params())
+    copy = Project(tmp_path / "copy of it")
+    shutil.copytree(project.root, copy.root, symlinks=True)
+    with pytest.raises(RegistryError, match=r"got: .*/project/\.poemerge[\s\S]*expected: .*/copy of it/\.poemerge"):
+        register(copy, copy.load_params())
+    monkeypatch.chdir(copy.root)
+    assert main(["models"]) == 1
+    assert "rm -r .poemerge/mlflow" in capsys.readouterr().err
+
+    # Another copy, for this process holds the removed database of the first one open.
+    copy = Project(tmp_path / "copy without it")
+    shutil.copytree(project.root, copy.root, symlinks=True, ignore=shutil.ignore_patterns("mlflow"))
+    version, created = record(connect(copy), copy, copy.load_params())
+    assert created
+    assert connect(copy).get_run(version.run_id).info.artifact_uri.startswith(copy.mlflow_artifacts.as_uri())
+
+    # A server of the team's has places of its own, whichever checkout asks.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(project))
+    assert [item.version for item in list_versions(connect(copy), "tiny")] == ["1"]
+
+
+def test_a_moved_checkout_works_again_when_it_is_moved_back_or_the_old_place_links_to_it(
+    project: Project, tmp_path: Path
+) -> None:
+    record(connect(project), project, project.load_params())
+    moved = Project(project.root.rename(tmp_path / "moved"))
+    with pytest.raises(RegistryError, match="was moved, move it back"):
+        connect(moved)
+    project.root.symlink_to(moved.root)
+    assert [item.version for item in list_versions(connect(moved), "tiny")] == ["1"]
+    project.root.unlink()
+    moved.root.rename(project.root)
+    connect(project)
 
 
 def test_the_registry_is_where_it_is_said_to_be(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,8 +220,10 @@ def test_command_writes_it(
     (project.root / "dvc.yaml").write_text("stages: {}\n")
     monkeypatch.chdir(project.root)
     assert main(["report"]) == 0
-    assert str(project.report_html) in capsys.readouterr().out
-    assert "wren" in project.report_html.read_text()
+    page = project.root / ".poemerge" / "report" / "index.html"
+    assert f"Report: {page}\n" in capsys.readouterr().out
+    assert "wren" in page.read_text()
+    assert not project.report_html.exists(), "an output of the stage `register`, which would count as changed"
 
 
 @pytest.mark.parametrize("value", np.linspace(-1, 1, 21).tolist())

@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("version", help="the version that waits")
+    parser.add_argument("version", help="the version that waits: its number, an alias, or the beginning of its digest")
     parser.add_argument("--reason", default="", help="why; kept in the log of decisions")
     parser.add_argument("--by", help="who approves (default: the MLflow user, else the user of this machine)")
     parser.set_defaults(run=run)
@@ -40,12 +40,14 @@ def answer(args: argparse.Namespace, *, approve: bool) -> int:
     from poemerge.cli import decisions
     from poemerge.project import Project
     from poemerge.registry.journal import whoami
+    from poemerge.registry.promotion import find_request
 
     project = Project.find()
-    result = decisions.answer(project, args.version, approve=approve, by=args.by or whoami(), reason=args.reason)
+    request = find_request(project, args.version)
+    result = decisions.answer(project, request.ticket, approve=approve, by=args.by or whoami(), reason=args.reason)
     if not approve:
-        print(f"version {args.version} is rejected; the champion stays")
+        print(f"version {request.version} is rejected; the champion stays")
         return 0
     before = (result or {}).get("champion_before")
-    print(f"version {args.version} is champion{f' in place of version {before}' if before else ''}")
+    print(f"version {request.version} is champion{f' in place of version {before}' if before else ''}")
     return 0

@@ -35,11 +35,14 @@ def run(args: argparse.Namespace) -> int:
     from poemerge.cli.decisions import promote
     from poemerge.project import Project
     from poemerge.registry.journal import whoami
+    from poemerge.registry.promotion import find
 
     project = Project.find()
-    result = promote(project, args.version, by=args.by or whoami(), reason=args.reason)
+    # By its number from here on: an alias may stand elsewhere when the answer comes.
+    version = find(project, args.version).version
+    result = promote(project, version, by=args.by or whoami(), reason=args.reason)
     if result is None:
-        print(f"version {args.version} passed every gate and waits for approval: poemerge approve {args.version}")
+        print(f"version {version} passed every gate and waits for approval: poemerge approve {version}")
     elif not result.get("moved", True):
         print(f"version {result['version']} is champion already")
     else:

@@ -7,13 +7,14 @@ import argparse
 __all__ = ["add_parser", "run"]
 
 DESCRIPTION = """\
-Write artifacts/report/index.html from what the stages left in the project, and say where it is.
+Write .poemerge/report/index.html from what the stages left in the project, and say where it is.
 
-The page needs nothing but a browser: no server, no network. `poemerge run` writes it too.
+The page needs nothing but a browser: no server, no network. `poemerge run` writes one too, which DVC keeps with the
+merge: artifacts/report/index.html.
 
 Example:
   $ poemerge report
-  Report: /work/main/artifacts/report/index.html
+  Report: /work/main/.poemerge/report/index.html
 """
 
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from poemerge.report.write import write_report
 
     project = Project.find()
-    path = write_report(project, project.load_params())
+    # Not where the stage `register` writes it: DVC would take its output for changed, and the stage for stale.
+    path = write_report(project, project.load_params(), project.state / "report" / "index.html")
     print(f"Report: {path}")
     if args.open:
         import webbrowser

@@ -94,9 +94,17 @@ def _merged(project: Project) -> dict[str, Any] | None:
             for name, facts in merge["experts"].items()
         },
         # A merge whose evaluation or registration has not happened yet is no version.
-        "registered": current
-        and {key: current[key] for key in ("model", "version", "aliases", "promoted", "run_id") if key in current},
+        "registered": current and _registered(project, current),
     }
+
+
+def _registered(project: Project, registration: dict[str, Any]) -> dict[str, Any]:
+    """The version of metrics/registration.json, with its aliases and the champion as they are now."""
+    from poemerge.registry.standing import standing
+
+    told = ("model", "version", "promoted", "run_id")
+    facts: dict[str, Any] = {key: registration[key] for key in told if key in registration}
+    return facts | vars(standing(project, registration))
 
 
 def _failures(project: Project) -> list[dict[str, Any]]:
@@ -195,6 +203,10 @@ def _show(status: dict[str, Any]) -> None:
         line("Merged", f"{told}, digest {merged['digest'][:12]}")
         for name, expert in merged["experts"].items():
             line(f"  {name}", f"{expert['source']}  {str(expert['revision'])[:19]}")
+        if version and version["champion"] != version["version"]:
+            line("Champion", "none" if version["champion"] is None else f"version {version['champion']}")
+        if version and version["note"]:
+            line("Registry", version["note"].replace("\n", "\n" + " " * 13))
     for change in status["landed"]:
         line("Landed", f"{change['name']}: {change['source']}, {_short(change['old'])} → {_short(change['new'])}")
     for name, why in status["waiting"].items():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from poemerge.project import Project
+
+if TYPE_CHECKING:
+    from poemerge.registry.standing import Standing
 
 __all__ = ["say_verdict", "score_table"]
 
@@ -52,13 +55,16 @@ def say_verdict(project: Project, console: Console | None = None, *, approval: s
 
     Arguments: `approval`, what the flow says became of an approval that is needed.
     """
+    from poemerge.registry.standing import standing
+
     console = console or Console(highlight=False)
     table = score_table(project)
     if table is not None:
         console.print(table)
     registration = _read(project.registration_json)
     if registration is not None:
-        aliases = ", ".join(registration["aliases"]) or "no alias"
+        now = standing(project, registration)
+        aliases = ", ".join(now.aliases) or "no alias"
         console.print(
             f"{escape(registration['model'])} version {registration['version']} ({aliases}), "
             f"digest {registration['digest'][:12]}"
@@ -66,26 +72,36 @@ def say_verdict(project: Project, console: Console | None = None, *, approval: s
         for gate in registration["gates"]:
             verdict = f"[{COLOURS.get(gate['verdict'], 'default')}]{gate['verdict']:<5}[/]"
             console.print(f"  {verdict} {escape(gate['name'])}: {escape(gate['reason'])}", soft_wrap=True)
-        decision = _decision(registration, approval)
-        gain = _gain(registration)
+        decision = _decision(registration, now, approval)
+        taken_back = "champion" in registration["aliases"] and now.champion != registration["version"]
+        gain = None if taken_back else _gain(registration)
         console.print(f"{decision} {gain}" if gain else decision, style="bold", soft_wrap=True)
+        if now.note:
+            console.print(f"Registry: {escape(now.note)}", soft_wrap=True)
     if project.report_html.is_file():
         console.print(f"Report: {project.report_html}", soft_wrap=True)
     console.print("Pages:  `poemerge ui` opens Prefect's and MLflow's")
 
 
-def _decision(registration: dict[str, Any], approval: str | None) -> str:
+def _decision(registration: dict[str, Any], now: Standing, approval: str | None) -> str:
     version, before = registration["version"], registration.get("champion_before")
-    if registration["promoted"]:
+    was = "champion" in registration["aliases"]
+    if now.champion == version:
+        if was and not registration["promoted"]:
+            return f"Version {version} stays champion."
         return f"Version {version} is champion" + ("." if before in (None, version) else f"; it was {before}.")
-    if "champion" in registration["aliases"]:
-        return f"Version {version} stays champion."
+    if was:
+        return f"Version {version} is champion no longer; {_champion(now)}."
     if approval == "requested":
         return f"Version {version} waits for approval: `poemerge approve {version}`, or `poemerge reject {version}`."
     if approval == "by hand":
         return f"Version {version} passed every gate and needs approval: `poemerge promote {version}` asks for it."
-    champion = "there is no champion" if before is None else f"version {before} stays champion"
-    return f"Version {version} is a candidate; {champion}."
+    stays = now.champion is not None and now.champion == before
+    return f"Version {version} is a candidate; {f'version {before} stays champion' if stays else _champion(now)}."
+
+
+def _champion(now: Standing) -> str:
+    return "there is no champion" if now.champion is None else f"version {now.champion} is champion"
 
 
 def _gain(registration: dict[str, Any]) -> str | None:

@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from poemerge.errors import RegistryError
 from poemerge.project import Project
 from poemerge.registry.journal import Journal
 from poemerge.registry.promotion import open_requests
@@ -40,6 +40,8 @@ class Plan:
 def plan(project: Project, keep: int) -> Plan:
     """What goes when the newest `keep` versions stay, and whatever has an alias, was ever champion, or waits for
     approval.
+
+    Raises RegistryError when it cannot be read what a version that stays needs.
     """
     with speaking(tracking_uri(project)):
         client = connect(project)
@@ -56,7 +58,8 @@ def plan(project: Project, keep: int) -> Plan:
         for place, version in enumerate(versions):
             stays = place < keep or version.aliases or version.version in needed
             (kept if stays else gone).append(version)
-        locks = {version.version: _lock(client, version) for version in versions}
+        locks = {version.version: _lock(client, version, stays=True) for version in kept}
+        locks |= {version.version: _lock(client, version, stays=False) for version in gone}
         return Plan(tuple(gone), tuple(kept), locks, tuple(_left_behind(client, model, versions)))
 
 
@@ -91,13 +94,29 @@ def _remove_artifacts(uri: str) -> None:
         get_artifact_repository(uri).delete_artifacts()
 
 
-def _lock(client: MlflowClient, version: Version) -> str:
+def _lock(client: MlflowClient, version: Version, *, stays: bool) -> str:
+    """The dvc.lock that `version` was registered with; "" where there is none, or it cannot be read and the version
+    goes anyway.
+    """
     with tempfile.TemporaryDirectory(prefix="poemerge-") as scratch:
         try:
             path = Path(client.download_artifacts(version.run_id, "project/dvc.lock", scratch))
-        except (MlflowException, OSError):
+            return path.read_text(encoding="utf-8")
+        except Exception as error:  # each kind of artifact store has errors of its own
+            # Taken as empty, the lock of a version that stays would let go of everything that the version needs.
+            if stays and _has_lock(client, version):
+                raise RegistryError(
+                    f"What version {version.version} needs cannot be read, and it stays.\n"
+                    f"  got:      {' '.join(str(error).split())[:500]}\n"
+                    f"  expected: project/dvc.lock of its run {version.run_id}\n"
+                    "  next:     see that the artifact store answers, and run it again; nothing was removed"
+                ) from error
             return ""
-        return path.read_text(encoding="utf-8")
+
+
+def _has_lock(client: MlflowClient, version: Version) -> bool:
+    """Whether `version` was registered with a dvc.lock: one that was registered by hand has none."""
+    return bool(version.run_id) and "poemerge.dvc_lock.digest" in client.get_run(version.run_id).data.tags
 
 
 def _left_behind(client: MlflowClient, model: str, versions: Sequence[Version]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -27,6 +28,8 @@ __all__ = [
     "carry_out",
     "decide",
     "expire",
+    "find",
+    "find_request",
     "open_requests",
     "request_approval",
     "requests",
@@ -116,6 +119,12 @@ def _open(project: Project) -> _Registry:
     return _Registry(project, params, client, journal)
 
 
+def find(project: Project, wanted: str) -> Version:
+    """The version that `wanted` (number, alias, digest) names now. Raises RegistryError when there is none."""
+    with speaking(tracking_uri(project)):
+        return _open(project).version(wanted)
+
+
 def ask(project: Project, wanted: str) -> Asked:
     """The gates of the version `wanted` (number, alias, digest), judged now against the champion, and kept with it.
 
@@ -167,18 +176,24 @@ def requests(project: Project) -> list[Request]:
 
 
 def find_request(project: Project, wanted: str) -> Request:
-    """The newest request to promote `wanted`, a version's number or a ticket, answered or not.
+    """The newest request to promote `wanted`, a version (number, alias, digest) or a ticket, answered or not.
 
     Raises RegistryError when there is none.
     """
+    number = wanted.removeprefix("v")
     with speaking(tracking_uri(project)):
-        known = _requests(_open(project).journal)
+        registry = _open(project)
+        known = _requests(registry.journal)
+        # A ticket is no version, and a version that was asked for may be gone.
+        with suppress(RegistryError):
+            number = registry.version(wanted).version
     for item in reversed(known):
-        if wanted.removeprefix("v") == item.version or wanted == item.ticket:
+        if number == item.version or wanted == item.ticket:
             return item
+    named = "" if number == wanted.removeprefix("v") else f", version {number}"
     waiting = [f"version {item.version} (asked for by {item.by})" for item in known if item.answer is None]
     raise RegistryError(
-        f"Nothing to answer.\n  got:      {wanted}\n"
+        f"Nothing to answer.\n  got:      {wanted}{named}\n"
         f"  expected: a version that waits for approval: {', '.join(waiting) or 'none does'}\n"
         "  next:     `poemerge promote VERSION` asks for one"
     )

@@ -6,6 +6,8 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
@@ -15,7 +17,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from poemerge.errors import RegistryError
 from poemerge.project import Project
 
-__all__ = ["EXPERIMENT", "connect", "experiment_id", "speaking", "tracking_uri"]
+__all__ = ["EXPERIMENT", "connect", "experiment_id", "no_registry", "speaking", "tracking_uri"]
 
 EXPERIMENT = "poemerge"
 
@@ -28,13 +30,23 @@ def tracking_uri(project: Project) -> str:
     """MLFLOW_TRACKING_URI where it is set, else an SQLite file inside the project (an absolute path: MLflow's own
     default depends on the working directory).
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project.mlflow_db}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _own_uri(project)
+
+
+def _own_uri(project: Project) -> str:
+    return f"sqlite:///{project.mlflow_db}"
+
+
+def no_registry(project: Project) -> bool:
+    """Whether the project would use a database of its own, and nothing has been written to it yet."""
+    return tracking_uri(project) == _own_uri(project) and not project.mlflow_db.is_file()
 
 
 def connect(project: Project) -> MlflowClient:
     """A client of the project's MLflow; tracking and registry are the same place, for mlflow's global functions too.
 
-    Raises RegistryError when the place cannot be reached.
+    Raises RegistryError when the place cannot be reached, or when it is the registry of another checkout, which this
+    one was copied from.
     """
     uri = tracking_uri(project)
     if uri.startswith("sqlite:///"):
@@ -46,7 +58,32 @@ def connect(project: Project) -> MlflowClient:
         # MLflow writes its choice into the environment, where it would look as if somebody had asked for it.
         if given is None:
             os.environ.pop("MLFLOW_TRACKING_URI", None)
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        # A database that is not there yet is made by who writes first, which takes seconds.
+        if uri == _own_uri(project) and project.mlflow_db.is_file():
+            _check_place(client, project)
+        return client
+
+
+def _check_place(client: MlflowClient, project: Project) -> None:
+    """Raises RegistryError when the experiments of the project's own database keep their artifacts in another folder.
+
+    Their places are absolute: a copy of a checkout would write into the original's, and remove from it.
+    """
+    for experiment in client.search_experiments(filter_string=f"name LIKE '{EXPERIMENT}%'"):
+        place = urlsplit(experiment.artifact_location)
+        if experiment.name.split(" ")[0] != EXPERIMENT or place.scheme != "file":
+            continue
+        there = Path(unquote(place.path))
+        if there.resolve() != project.mlflow_artifacts.resolve():
+            raise RegistryError(
+                "The registry in this checkout belongs to a checkout elsewhere.\n"
+                f"  got:      {project.mlflow_db}, whose artifacts lie in {there}\n"
+                f"  expected: artifacts in {project.mlflow_artifacts}\n"
+                f"  next:     if this checkout was moved, move it back (or link {there.parents[2]} to it); if it is a "
+                "copy, `rm -r .poemerge/mlflow metrics/registration.json` here: `poemerge run` then starts a registry "
+                "of its own"
+            )
 
 
 def experiment_id(client: MlflowClient, project: Project, name: str = EXPERIMENT) -> str:

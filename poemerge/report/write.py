@@ -26,8 +26,9 @@ from poemerge.wholefile import write_whole
 __all__ = ["write_report"]
 
 
-def write_report(project: Project, params: Params) -> Path:
-    """Writes artifacts/report/index.html from what the stages left in the project; returns its path.
+def write_report(project: Project, params: Params, path: Path | None = None) -> Path:
+    """Writes the page `path` (default: artifacts/report/index.html) from what the stages left in the project; returns
+    its path.
 
     The page makes no request: styles, figures and images are inside it, and a policy in it forbids others. What a stage
     has not made yet is left out. Raises ProjectError when nothing is merged.
@@ -57,7 +58,7 @@ def write_report(project: Project, params: Params) -> Path:
     head = Safe(f"<h1>{esc(title)}</h1>{lead(evaluation, registration, merge['method'])}")
     foot = Safe(f"Written by poemerge from {esc(project.root.name)}. Everything on this page is inside this file.")
     page = document(f"{title} · poemerge", head, [section for section in sections if section is not None], foot)
-    path = project.report_html
+    path = path or project.report_html
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page)
     return path
