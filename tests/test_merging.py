@@ -573,10 +573,6 @@ def test_what_does_not_fit_float16_is_told(
     [
         ({"overrides": {"*.biass": {"method": "mean"}}}, r"merge.overrides[^$]*'\*.biass', which matches no parameter"),
         ({"exclude": ["*qeury*"]}, r"merge.exclude[^$]*'\*qeury\*', which matches no parameter"),
-        (
-            {"overrides": {BIAS: {"method": "poe"}}},
-            r"method poe for encoder.layer.0.output.dense.bias, of shape \[\d+\]",
-        ),
     ],
 )
 def test_settings_that_fit_no_parameter_are_refused(
@@ -584,6 +580,15 @@ def test_settings_that_fit_no_parameter_are_refused(
 ) -> None:
     with pytest.raises(BadInputError, match=said):
         prepare(models["base"], _experts(models, "one"), MergeParams.model_validate(settings))
+
+
+def test_an_override_with_a_method_for_matrices_averages_the_rest(models: dict[str, Path], tmp_path: Path) -> None:
+    params = MergeParams(overrides={"encoder.layer.0.*": {"method": "tsv_m"}}, **FAST)
+    merge(models["base"], _experts(models, "one", "two"), tmp_path / "m", params)
+    ledger = [json.loads(line) for line in (tmp_path / "m" / "ledger.jsonl").read_text().splitlines()]
+    methods = {line["name"]: (line["rule"], line["method"]) for line in ledger}
+    assert methods[QUERY] == ("merged", "tsv_m")
+    assert methods[BIAS] == ("averaged", "average")
 
 
 def test_an_override_gives_student_t_its_tail_index(models: dict[str, Path], tmp_path: Path) -> None:

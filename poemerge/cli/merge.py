@@ -173,10 +173,12 @@ def _params(args: argparse.Namespace) -> MergeParams:
         params = MergeParams(**given, overrides=overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         for detail in error.errors():
-            flag = "--" + str(detail["loc"][0]).replace("_", "-") if detail["loc"] else "the flags"
+            key = str(next(iter(detail["loc"]), "")).replace("overrides", "override").replace("_", "-")
+            flag = f"--{key}" if key else "the flags"
             rest = ".".join(str(step) for step in detail["loc"][1:])
             got = repr(detail["input"]) if detail["type"] != "extra_forbidden" else f"unknown key {detail['loc'][-1]!r}"
-            problems.append(Problem(f"{flag} {rest}".strip(), got, detail["msg"], "see poemerge merge --help"))
+            expected = detail["msg"].removeprefix("Value error, ")
+            problems.append(Problem(f"{flag} {rest}".strip(), got, expected, "see poemerge merge --help"))
     if problems:
         raise ParamsError(problems)
     return params

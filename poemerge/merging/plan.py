@@ -138,7 +138,7 @@ def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, dev
                 tensor=one.name,
             )
         )
-    problems += _misfits(experts, params, parameters)
+    problems += _idle_globs(experts, params)
     if not any(p.action != "left_at_base" for p in parameters):
         problems.append(
             Problem(
@@ -164,8 +164,8 @@ def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, dev
     )
 
 
-def _misfits(experts: ExpertSet, params: MergeParams, parameters: Sequence[ParameterPlan]) -> Iterator[Problem]:
-    """Globs that match no parameter, and methods for matrices that an override gives to what is none."""
+def _idle_globs(experts: ExpertSet, params: MergeParams) -> Iterator[Problem]:
+    """Globs that match no parameter."""
     names = {*experts.names(), *(name for one in experts.experts.values() for name in one.private_names())}
     globs = {"merge.include": params.include, "merge.exclude": params.exclude, "merge.overrides": params.overrides}
     for where, given in globs.items():
@@ -173,13 +173,6 @@ def _misfits(experts: ExpertSet, params: MergeParams, parameters: Sequence[Param
             if not any(fnmatchcase(name, glob) for name in names):
                 got, expected = f"{glob!r}, which matches no parameter", "a glob over the models' parameter names"
                 yield Problem(where, got, expected, f"mend or remove it; names are like {experts.names()[0]}")
-    for p in parameters:
-        if p.settings is not None and p.settings.method in SOLVED and len(p.shape) not in {2, 3}:
-            got = f"method {p.settings.method} for {p.name}, of shape {list(p.shape)}"
-            expected = "a method for matrices on matrices, or stacks of them"
-            yield Problem(
-                "merge.overrides", got, expected, "override it with mean, task_arithmetic or ties", tensor=p.name
-            )
 
 
 def _advice(p: ParameterPlan) -> str:
@@ -205,6 +198,8 @@ def _parameter(
         why = "no entries" if 0 in shape else why
         return ParameterPlan(name, shape, stored, dtype, "left_at_base", None, (), False, False, why)
     settings = resolve(params, selection, name, experts.rule(name))
+    if settings.method in SOLVED and len(shape) not in {2, 3}:  # by an override's glob, meant for the matrices there
+        settings = replace(settings, method="average", coefficient=1.0)
     if trained:  # heads that chance put near each other ask for much the same outputs, and are not refined
         settings = replace(settings, overshoot=1.0)
     factored = experts.is_factored(name) and settings.method == "poe"

@@ -106,7 +106,7 @@ def resolve(params: MergeParams, selection: Selection, name: str, rule: Rule) ->
     """Settings of the parameter `name`: those of `params`, then the overrides whose glob matches, the last one wins.
 
     A method for matrices becomes `average` on what is no matrix, and poe `rows` on an embedding, unless an override
-    names a method for it.
+    names a method for it that it can have.
     """
     choice = selection.of(name)
     settings = ParameterSettings(
