@@ -120,9 +120,10 @@ def _method(name: str) -> Any:
 
 
 def _print(evaluation: dict[str, Any]) -> None:
-    from rich.console import Console
+
     from rich.table import Table
 
+    from poemerge.cli.console import plain_console
     from poemerge.suites.summary import table_of
 
     rows = table_of(evaluation)
@@ -136,7 +137,7 @@ def _print(evaluation: dict[str, Any]) -> None:
             if key != "task"
         ]
         table.add_row(row["task"], *cells)
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(table)
     calibration = Table(box=None, pad_edge=False, header_style="bold")
     for place, heading in enumerate(("model", "calibration error", "nll, nats")):

@@ -296,8 +296,9 @@ def _show_plan(args: argparse.Namespace, checkpoints: ExpertSet, plan: Plan, ref
     if args.json:
         print(json.dumps(document, indent=1))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from poemerge.cli.console import plain_console
 
     table = Table(box=None, header_style="bold")
     for column in ("parameters", "becomes", "method", "experts", "example"):
@@ -312,8 +313,7 @@ def _show_plan(args: argparse.Namespace, checkpoints: ExpertSet, plan: Plan, ref
     for name, own in plan.private.items():
         if own:
             table.add_row(str(len(own)), f"private to {name}", "", "1", own[0])
-    console = Console(highlight=False)
-    console.width = max(console.width, 120) if not console.is_terminal else console.width
+    console = plain_console()
     console.print(table)
     minded = [name for name in sorted(checkpoints.experts) if name not in plan.not_measured]
     if minded and any(one.minded for one in plan.parameters):

@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
+    from poemerge.cli.console import plain_console
     from poemerge.project import Project
     from poemerge.registry.journal import Journal
     from poemerge.registry.tracking import connect, speaking, tracking_uri
@@ -61,10 +61,7 @@ def run(args: argparse.Namespace) -> int:
         content = [asdict(line) for line in lines] if args.decisions else [version.to_json() for version in versions]
         print(json.dumps(content, indent=2, ensure_ascii=False))
         return 0
-    console = Console()
-    if not console.is_terminal:
-        # A pipe or a log has no width of its own to be cut to.
-        console = Console(width=120)
+    console = plain_console()
     if not versions:
         console.print(f"{model}: nothing is registered yet; `poemerge run` registers the first version")
         return 0

@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; 0 whether there is work or not."""
     import json
 
-    from rich.console import Console
     from rich.table import Table
 
+    from poemerge.cli.console import plain_console
     from poemerge.cli.dvc import dvc_status
     from poemerge.planning import make_plan
     from poemerge.preflight import preflight
@@ -47,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan.as_json(), indent=2, ensure_ascii=False))
         return 0
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)  # a pipe or a log has no width of its own
+    console = plain_console()
     for name, why in {**plan.skipped, **plan.waiting}.items():
         console.print(f"{name} is not taken: {why}", markup=False, soft_wrap=True)
     if not plan.has_work:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from poemerge.cli.console import plain_console
 from poemerge.project import Project
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def say_verdict(project: Project, console: Console | None = None, *, approval: s
     """
     from poemerge.registry.standing import standing
 
-    console = console or Console(highlight=False)
+    console = console or plain_console()
     table = score_table(project)
     if table is not None:
         console.print(table)

@@ -99,8 +99,10 @@ def _list(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(manifest, indent=1))
         return 0
-    from rich.console import Console
+
     from rich.table import Table
+
+    from poemerge.cli.console import plain_console
 
     table = Table("expert", "kind", "base", "expert's", "train", "validation", "test", box=None, pad_edge=False)
     for name, facts in manifest["experts"].items():
@@ -114,7 +116,7 @@ def _list(args: argparse.Namespace) -> int:
             str(suite["validation"]),
             str(suite["test"]),
         )
-    Console().print(table)
+    plain_console().print(table)
     return 0
 
 
