@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,23 @@ from poemerge.cli.verdict import say_verdict
 from poemerge.project import STAGES, Project
 from tasks.report import StageReport
 from tasks.stage import StageEvent, StageOutcome
+
+BARS = """
+from pathlib import Path
+from poemerge.cli.progress import StageDisplay
+from poemerge.project import Project
+
+with StageDisplay(Project(Path.cwd()), []):
+    from dvc.progress import Tqdm
+
+    class Terminal:
+        isatty = staticmethod(lambda: True)
+        write = staticmethod(lambda text: None)
+        flush = staticmethod(lambda: None)
+
+    with Tqdm(desc="hashing", file=Terminal()) as bar:
+        Path("said").write_text("nothing drawn" if bar.disable else "bars")
+"""
 
 
 def test_stages_on_a_narrow_terminal(
@@ -49,6 +69,17 @@ def test_stages_on_a_narrow_terminal(
     for stage in STAGES[2:]:
         assert stage in last
     assert all(len(line.rstrip()) <= 90 for line in last.splitlines())
+
+
+def test_dvc_draws_no_bars_across_the_table(tmp_path: Path) -> None:
+    """In a process of its own: DVC's first import sets the level that its bars follow."""
+    environment = os.environ | {
+        "FORCE_COLOR": "1",
+        "TERM": "xterm-256color",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    subprocess.run([sys.executable, "-c", BARS], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert (tmp_path / "said").read_text() == "nothing drawn"
 
 
 @pytest.mark.parametrize("terminal", [True, False])

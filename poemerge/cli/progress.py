@@ -48,7 +48,10 @@ class StageDisplay:
     def __enter__(self) -> StageDisplay:
         self._listeners.append(self._hear)
         if self._console.is_terminal:
-            # DVC, asked in this process, draws bars of its own across the table; they follow its logger's level.
+            # DVC, asked in this process, draws bars of its own across the table; they follow its logger's level, which
+            # its first import sets.
+            import dvc  # noqa: F401
+
             logging.getLogger("dvc").setLevel(logging.CRITICAL)
             self._live.start()
         return self
