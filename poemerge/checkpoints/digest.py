@@ -19,14 +19,12 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_files(path: Path) -> list[Path]:
-    """The files in a folder and the folders below, in order; names beginning with a dot and *.partial are left out."""
-    path = path.absolute()
-    return sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file() and "/." not in _below(path, file) and not file.name.endswith(".partial")
-    )
+def folder_files(path: Path) -> list[tuple[str, Path]]:
+    """(name below the folder, file) of all files in a folder, which may be remote, and below it, in order of name; those
+    whose names begin with a dot, and *.partial, are left out."""
+    top = path.absolute()
+    named = ((str(file)[len(str(top)) + 1 :], file) for file in top.rglob("*") if file.is_file())
+    return sorted((name, file) for name, file in named if "/." not in f"/{name}" and not name.endswith(".partial"))
 
 
 def folder_digest(path: Path) -> str:
@@ -34,11 +32,5 @@ def folder_digest(path: Path) -> str:
 
     Of the files of `folder_files`, source.json at the top is left out: it records this digest.
     """
-    files = sorted((_below(path.absolute(), file)[1:], file) for file in folder_files(path))
-    lines = (f"{name}\0{file_digest(file)}\n" for name, file in files if name != "source.json")
+    lines = (f"{name}\0{file_digest(file)}\n" for name, file in folder_files(path) if name != "source.json")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _below(path: Path, file: Path) -> str:
-    """ "/name" or "/folder/name" of what lies below `path`, which may be remote."""
-    return str(file)[len(str(path)) :]

@@ -179,11 +179,7 @@ class _Work:
         _, unit = item
         first = unit.parameters[0]
         if first.action == "left_at_base":
-            return [
-                Merged(
-                    stored_as(first.name, read.loaded[0].base, first.dtype), {"outcome": "unchanged", "seconds": 0.0}
-                )
-            ]
+            return [_whole(Merged(None, {"outcome": "unchanged", "seconds": 0.0}), first, read.loaded[0].base)]
         assert first.settings is not None
         if first.elementwise:
             loaded = read.loaded[0]

@@ -40,5 +40,5 @@ def identity_of(folder: Path) -> Any:
     digest = source_record(folder, with_digest=False)["digest"]
     if digest is not None:
         return digest
-    files = folder_files(folder) if folder.is_dir() else [folder]
+    files = [file for _, file in folder_files(folder)] if folder.is_dir() else [folder]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

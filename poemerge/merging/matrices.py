@@ -132,13 +132,28 @@ def _dense(
         return Merged(weight, _joined([one.entry for one in slices], experts))
     if settings.method == "poe":
         solution = solve_as_merged(deltas, base, settings, transposed=transposed, sensitivity=sensitivity)
-        theta, held = _bounded(solution.dense(), deltas, settings)
-        settings = with_length(settings, deltas, base, sensitivity)
-        entry = _entry(solution, experts, settings, held)
-    else:
-        theta, entry = _baseline(deltas, settings, transposed, total_experts), {"outcome": settings.method}
+        return _mode_added(name, experts, base, deltas, solution, settings, transposed, dtype, sensitivity)
+    theta = _baseline(deltas, settings, transposed, total_experts)
     theta = theta.mT if transposed and settings.method in SOLVED else theta
-    return _added(name, base, theta, settings, dtype, entry)
+    return _added(name, base, theta, settings, dtype, {"outcome": settings.method})
+
+
+def _mode_added(
+    name: str,
+    experts: Sequence[str],
+    base: Tensor,
+    deltas: Tensor,
+    solution: poemerge.Solution,
+    settings: ParameterSettings,
+    transposed: bool,
+    dtype: torch.dtype,
+    sensitivity: Tensor | None,
+) -> Merged:
+    """The base with one matrix's mode added: within its bound, at its length, and turned as it is stored."""
+    theta, held = _bounded(solution.dense(), deltas, settings)
+    settled = with_length(settings, deltas, base, sensitivity)
+    theta = theta.mT if transposed else theta
+    return _added(name, base, theta, settled, dtype, _entry(solution, experts, settled, held))
 
 
 def _batched(
@@ -160,10 +175,7 @@ def _batched(
     known = [None] * len(names) if sensitivity is None else list(sensitivity)
     for name, own, one_base, one, solution, minded in zip(names, norms, base, deltas, solutions, known, strict=True):
         if bool(own.any()):
-            settled = with_length(settings, one, one_base, minded)
-            theta, held = _bounded(solution.dense(), one, settings)
-            theta = theta.mT if transposed else theta
-            merged.append(_added(name, one_base, theta, settled, dtype, _entry(solution, experts, settled, held)))
+            merged.append(_mode_added(name, experts, one_base, one, solution, settings, transposed, dtype, minded))
         else:
             merged.append(Merged(None, {"outcome": "unchanged"}))
     return merged

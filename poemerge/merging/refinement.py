@@ -128,7 +128,7 @@ def refinement_flops(experts: ExpertSet, plan: Plan, steps: int) -> float:
     backward."""
     weights = sum(p.entries for p in plan.parameters if p.minded)
     passes = 6.0 * steps + 2.0 * (steps + 4 * _CHECKS)
-    tokens = tokens_of(model_config(experts.base.path), _TOKENS)
+    tokens = tokens_of(experts.config, _TOKENS)
     return passes * weights * len(experts.experts) * _INPUTS * tokens
 
 

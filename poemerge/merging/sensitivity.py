@@ -123,7 +123,7 @@ def measuring_flops(experts: ExpertSet, plan: Plan) -> float:
         return 0.0
     missing = sum(name not in plan.not_measured and not _kept(experts, name).is_file() for name in experts.experts)
     weights = sum(4.0 * one.entries + 2.0 * one.outputs * columns(one.outputs) for one in minded)
-    return missing * _INPUTS * tokens_of(model_config(experts.base.path), _TOKENS) * weights
+    return missing * _INPUTS * tokens_of(experts.config, _TOKENS) * weights
 
 
 def gather(experts: ExpertSet, not_measured: Mapping[str, str], folder: Path) -> dict[str, str]:
