@@ -20,8 +20,10 @@ def file_digest(path: Path) -> str:
 
 
 def folder_files(path: Path) -> list[tuple[str, Path]]:
-    """(name below the folder, file) of all files in a folder, which may be remote, and below it, in order of name; those
-    whose names begin with a dot, and *.partial, are left out."""
+    """(name below the folder, file) of every file in or below a folder, which may be remote, in order of name.
+
+    Names that begin with a dot, and *.partial, are left out.
+    """
     top = path.absolute()
     named = ((str(file)[len(str(top)) + 1 :], file) for file in top.rglob("*") if file.is_file())
     return sorted((name, file) for name, file in named if "/." not in f"/{name}" and not name.endswith(".partial"))
