@@ -35,7 +35,7 @@ def open_suites(project: Project, suites: Mapping[str, SuiteParams], split: str 
     """The project's suites, loaded and checked, on their own splits or all on `split`.
 
     A suite belongs to the expert that its settings name, else to the one of its own name, else to none (its scores then
-    have no expert's beside them). Raises SuiteError that lists what is wrong with each.
+    have no expert's beside them). Raises BadSuitesError that lists what is wrong with each.
     """
     experts = project.expert_folders()
     specs = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "BadInputError",
+    "BadSuitesError",
     "CheckpointError",
     "NumericsError",
     "ParamsError",
@@ -92,6 +93,12 @@ class SuiteError(PoemergeError):
     def __init__(self, said: str | Problem) -> None:
         self.problem = said if isinstance(said, Problem) else None
         super().__init__(str(said))
+
+
+class BadSuitesError(SuiteError):
+    """The settings or the data of suites are wrong, and nothing was scored: all problems found are listed at once."""
+
+    exit_status = 2
 
 
 class RegistryError(PoemergeError):

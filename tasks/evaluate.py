@@ -22,7 +22,7 @@ def evaluate(project: Project, params: Params) -> StageReport:
     """Writes metrics/evaluation.json and, in artifacts/scores, each score with its per-example predictions.
 
     What was scored before with the same bytes is not scored again; baselines are merged one at a time, and only for
-    scores that are missing. Raises SuiteError, before any scoring, with everything that is wrong with the suites.
+    scores that are missing. Raises BadSuitesError, before any scoring, with everything that is wrong with the suites.
     """
     started = time.monotonic()
     settings = params.evaluate

@@ -28,17 +28,16 @@ def register(project: Project, params: Params) -> StageReport:
 
 
 def _headline(registration: Registration) -> str:
+    """What registering led to, in the past tense: the champion may be another one when this is read."""
     version = registration.version
     text = f"{version.model} version {version.version}{'' if registration.created else ' (the same bytes again)'}"
     if registration.promoted:
         before = registration.champion_before
-        return text + (f" is champion in place of version {before}" if before else " is the first champion")
+        return text + (f" became champion in place of version {before}" if before else " became the first champion")
     if version.version == registration.champion_before:
-        return text + " is champion already"
+        return text + " was champion already"
     if registration.awaits_approval:
-        return text + f" passed every gate and waits for approval: poemerge promote {version.version}"
+        return text + " passed every gate, and its promotion needed approval"
     failed = ", ".join(gate.name for gate in registration.gates if gate.verdict == "fail")
     champion = registration.champion_before
-    return (
-        text + f" is candidate; {f'version {champion} stays champion' if champion else 'no champion'}: {failed} failed"
-    )
+    return text + f" was not promoted, {failed} failed; {f'version {champion} stayed' if champion else 'no'} champion"

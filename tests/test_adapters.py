@@ -178,6 +178,34 @@ def test_a_head_that_would_be_read_for_a_merged_weight_is_refused(
     ]
 
 
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_a_head_that_would_be_read_for_a_weight_of_the_base_that_the_adapter_leaves_alone_is_refused(
+    base: Path, tmp_path: Path, prefix: str
+) -> None:
+    expert = make_lora_expert(base, tmp_path / "e", seed=3)
+    key = "encoder.layer.1.attention.self.key.weight"
+    factors = load_file(expert / "adapter_model.safetensors")
+    under = "base_model.model."
+    save_file(
+        {name.replace(under, under + prefix): factor for name, factor in factors.items()},
+        expert / "adapter_model.safetensors",
+    )
+
+    def open_with(tensor: str, *shape: int, exclude: tuple[str, ...] = ()) -> set[str]:
+        save_file({"head.weight": torch.zeros(3, 32), tensor: torch.zeros(shape)}, expert / "head.safetensors")
+        return set(ExpertSet.open(base, {"mine": expert}, exclude=exclude).experts["mine"].private_names())
+
+    pooler = prefix + "pooler.dense.weight"
+    for tensor, shape in ((prefix + key, (32, 32)), (prefix + key, (3, 32)), (key, (32, 32)), (pooler, (32, 32))):
+        with pytest.raises(CheckpointError, match="the name of a weight that is merged") as caught:
+            open_with(tensor, *shape)
+        (problem,) = caught.value.problems
+        assert (problem.where, problem.expert, problem.tensor) == (str(expert / "head.safetensors"), "mine", tensor)
+    # A task's own layer in place of the base's, as in a full model; and a weight that is not merged.
+    assert open_with(pooler, 3, 32) == {"head.weight", pooler}
+    assert open_with(prefix + key, 32, 32, exclude=(key,)) == {"head.weight", prefix + key}
+
+
 def test_mixed_with_a_full_expert_only_shared_matrices_are_dense(base: Path, tmp_path: Path) -> None:
     from tests.tiny import make_full_expert
 

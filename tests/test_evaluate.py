@@ -323,3 +323,29 @@ def test_command_scores_without_touching_what_the_pipeline_owns(
 
     assert main(["evaluate", "--suite", "three"]) == 2
     assert "one of one, two" in capsys.readouterr().err
+
+
+def test_command_refuses_a_split_that_is_not_there_before_anything_is_scored(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from poemerge.cli.main import main
+
+    project.params_yaml.write_text(
+        "base: {source: b}\nexperts: {one: {source: o}}\nevaluate: {dtype: float32, suites: {one: {}, two: {}}}\n"
+    )
+    (project.root / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.chdir(project.root)
+    monkeypatch.setattr("poemerge.suites.evaluation.evaluate_models", lambda *_, **__: pytest.fail("it was scored"))
+
+    assert main(["evaluate", "--split", "dev"]) == 2
+    told = capsys.readouterr().err
+    for suite in ("one", "two"):
+        assert f"suite {suite} (text-classification): split 'dev'\n  got:      test.jsonl, train.jsonl" in told
+    assert "  expected: dev.jsonl, dev.csv or dev.parquet\n  next:     name a split that is there" in told
+
+    (project.suite("two") / "validation.jsonl").rename(project.root / "two's validation.jsonl")
+    try:
+        assert main(["evaluate", "--posterior-samples", "2"]) == 2, "the temperature is chosen on that split"
+    finally:
+        (project.root / "two's validation.jsonl").rename(project.suite("two") / "validation.jsonl")
+    assert "suite two (text-classification): split 'validation'" in capsys.readouterr().err

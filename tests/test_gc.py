@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -83,6 +85,29 @@ def test_nothing_goes_while_it_cannot_be_read_what_stays_needs(
     goes.unlink()
     assert plan(versions, 2).locks["2"] == "", "it goes, and what it shares with nothing stays in the cache"
     goes.write_text(gone)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda entry: entry.write_text('[{"md5": "4')])
+def test_no_cache_file_goes_while_a_version_that_stays_may_need_it(
+    versions: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], Any]
+) -> None:
+    """Which files a folder holds is known by its entry alone: without it, what others list may be its files too."""
+    monkeypatch.chdir(versions.root)
+    entry = versions.root / ".dvc" / "cache" / "files" / "md5" / "44" / ("4" * 30 + ".dir")
+    listed = entry.read_text()
+    harm(entry)
+    try:
+        assert main(["gc", "--keep", "2", "--dry-run"]) == 0
+    finally:
+        entry.write_text(listed)
+    told = capsys.readouterr().out
+    assert "would remove 2 versions: 3" in told
+    assert "would remove 0 cache files" in told
+    assert "every cache file stays" in told
+    assert "  version 4: p1\n" in told
+    assert "version 5" not in told
+    assert main(["gc", "--keep", "2", "--dry-run"]) == 0
+    assert "would remove 4 cache files" in capsys.readouterr().out
 
 
 def test_old_candidates_go_with_what_only_they_need(

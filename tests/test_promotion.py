@@ -23,10 +23,14 @@ from poemerge.errors import RegistryError
 from poemerge.project import Project
 from poemerge.registry import champion as moves
 from poemerge.registry.champion import ChampionChangedError, move, rollback, settle, withdrawn
+from poemerge.registry.gates import Gate
 from poemerge.registry.journal import Journal, JournalConflictError, Line
 from poemerge.registry.promotion import find_request, request_approval
+from poemerge.registry.registration import Registration
 from poemerge.registry.tracking import connect
-from poemerge.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, alias_version, find_version
+from poemerge.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Version, alias_version, find_version
+from poemerge.report.scores import lead
+from tasks.register import _headline as stage_headline
 from tests.registry_project import fresh_registry, write_params
 
 MODEL = "tiny"
@@ -308,6 +312,30 @@ def test_after_a_rollback_and_an_approval_the_champion_is_who_the_registry_says(
     checkout.promote(3, 1)
     assert "Version 3 is champion; it was 1." in verdict(checkout.project)
     assert status(capsys) == {"version": 3, "aliases": ["champion"], "champion": 3}
+
+
+@pytest.mark.parametrize(
+    ("promoted", "before", "approval", "headline", "page"),
+    [
+        (True, None, False, "became the first champion", "became champion"),
+        (True, "1", False, "became champion in place of version 1", "became champion, in place of version 1"),
+        (False, "2", False, "was champion already", "stayed champion"),
+        (False, "1", True, "passed every gate, and its promotion needed approval", None),
+        (False, "1", False, "was not promoted, mean failed; version 1 stayed champion",
+         "was not promoted; version 1 stayed champion"),
+        (False, None, False, "was not promoted, mean failed; no champion", "was not promoted; there was no champion"),
+    ],
+)  # fmt: skip
+def test_what_is_stored_of_a_registration_is_not_made_untrue_by_a_later_move(
+    promoted: bool, before: str | None, approval: bool, headline: str, page: str | None
+) -> None:
+    """A stage that is up to date repeats its headline, and the page is written from what registering led to."""
+    aliases = (CANDIDATE, CHAMPION) if promoted or before == "2" else (CANDIDATE,)
+    gates = () if promoted or approval or before == "2" else (Gate("mean", "fail", {}, "it is behind"),)
+    version = Version(MODEL, "2", "r", None, aliases, 0, {})
+    registration = Registration(version, True, gates, promoted, before, approval)
+    assert stage_headline(registration) == f"tiny version 2 {headline}"
+    assert f"Version 2 {page or headline}</p>" in str(lead(None, registration.to_json(), "poe"))
 
 
 def test_where_the_registry_does_not_answer_the_last_registration_is_told_as_such(

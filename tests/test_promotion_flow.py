@@ -31,7 +31,7 @@ def project(tmp_path: Path) -> Project:
     """Version 1 is registered and no champion: it waits for approval."""
     project = copied(tmp_path / "project", APPROVAL)
     report = register(project, project.load_params())
-    assert "waits for approval: poemerge promote 1" in report.headline
+    assert "passed every gate, and its promotion needed approval" in report.headline
     return project
 
 

@@ -11,12 +11,13 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from poemerge.cli.main import main
-from poemerge.errors import RegistryError
+from poemerge.errors import BadInputError, RegistryError
 from poemerge.project import Project
 from poemerge.provenance import code_of, code_patch
 from poemerge.registry.record import record
 from poemerge.registry.tracking import connect, speaking, tracking_uri
 from poemerge.registry.versions import find_version, list_versions
+from poemerge.sources import resolve
 from tasks.register import register
 from tests.registry_project import copied, merge_and_score, rewrite
 
@@ -200,8 +201,20 @@ def test_a_copied_checkout_does_not_write_into_the_registry_of_the_original(
     with pytest.raises(RegistryError, match=r"got: .*/project/\.poemerge[\s\S]*expected: .*/copy of it/\.poemerge"):
         register(copy, copy.load_params())
     monkeypatch.chdir(copy.root)
-    assert main(["models"]) == 1
-    assert "rm -r .poemerge/mlflow" in capsys.readouterr().err
+    for server in ("prefect_server", "mlflow_server"):
+        monkeypatch.setattr(f"poemerge.servers.{server}", lambda *_, **__: pytest.fail("it was started"))
+    for command in ("models", "ui"):
+        assert main([command]) == 1
+        assert "rm -r .poemerge/mlflow" in capsys.readouterr().err
+    copy.params_yaml.write_text(
+        "base: {source: data/base}\nexperts: {a: {source: data/experts/a}, own: {source: models:/tiny/1}}\n"
+        "collections: {all: {source: models:/other*}}\n"
+    )
+    with pytest.raises(BadInputError) as caught:
+        resolve(copy, copy.load_params())
+    told = [(problem.where, problem.got, problem.next_step) for problem in caught.value.problems]
+    assert [where for where, _, _ in told] == ["params.yaml collections.all.source", "params.yaml experts.own.source"]
+    assert all("/project/.poemerge" in got and "rm -r .poemerge/mlflow" in then for _, got, then in told)
 
     # Another copy, for this process holds the removed database of the first one open.
     copy = Project(tmp_path / "copy without it")

@@ -152,7 +152,7 @@ def test_page_says_the_verdict_first_and_has_every_section(project: Project) -> 
         "Scores", "Gates", "Who was outvoted where", "Tails of the residuals", "Task vectors", "What was merged",
         "Lineage", "Time and memory", "Make it again",
     ]  # fmt: skip
-    assert page.index("Version 2 is champion, in place of version 1") < page.index("<h2>")
+    assert page.index("Version 2 became champion, in place of version 1") < page.index("<h2>")
     evaluation = json.loads(project.evaluation_json.read_text())
     text = " ".join(read.text)
     for figure in (evaluation["mean"]["merged"], evaluation["mean"]["normalised"], evaluation["mean"]["expert"]):
@@ -261,7 +261,7 @@ def test_browser_shows_it_without_complaint(project: Project, tmp_path: Path) ->
 
     page = write_report(project, PARAMS)
     shown = browse(page, tmp_path, "--dump-dom", f"--log-net-log={tmp_path / 'net.json'}")
-    assert "Version 2 is champion" in shown.stdout
+    assert "Version 2 became champion" in shown.stdout
     assert "CONSOLE" not in shown.stderr, "no message on the console, so no error and no request refused"
     log = (tmp_path / "net.json").read_text()
     asked = set(re.findall(r'"url":"(https?://[^"]+)"', log))

@@ -59,7 +59,7 @@ def asked(url: str, body: object) -> Any:
 def test_report_of_a_run_shows_its_figures(project: Project, tmp_path: Path) -> None:
     page, hosts = browse(project.report_html.as_uri(), tmp_path)
     assert not hosts
-    assert "Version 1 is champion" in page
+    assert "Version 1 became champion" in page
     titles = re.findall(r'role="img"[^>]*><title id="[^"]*">([^<]*)</title>', page)
     assert titles == [
         "Normalised accuracy by task and method",

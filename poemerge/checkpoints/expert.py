@@ -18,7 +18,8 @@ class Expert:
 
     `full`: base name → its own name for a tensor stored whole; `lora`: base name → its own name for a factored delta;
     `private`: its own names of the parameters that the base lacks or has in another shape; `lacks`: base names of
-    weights that a full model does not hold (they stay at the base as far as this expert is concerned).
+    weights that a full model does not hold (they stay at the base as far as this expert is concerned); `head`:
+    head.safetensors, where there is one.
     """
 
     def __init__(self, name: str, path: Path, source: Checkpoint | Adapter, head: Checkpoint | None) -> None:
@@ -29,7 +30,7 @@ class Expert:
         self.lora: dict[str, str] = {}
         self.private: list[str] = []
         self.lacks: list[str] = []
-        self._head = head
+        self.head = head
 
     @property
     def kind(self) -> str:
@@ -47,8 +48,8 @@ class Expert:
 
     def read_own(self, own: str, rows: slice | None = None, pin: bool = False) -> Tensor:
         """The whole tensor that it calls `own`, in its stored dtype; `own` may be private."""
-        if self._head is not None and own in self._head:
-            return self._head.read(own, rows, pin)
+        if self.head is not None and own in self.head:
+            return self.head.read(own, rows, pin)
         return self.weights.read(self.stored(own), rows, pin)
 
     def rank(self, name: str) -> int:
@@ -66,12 +67,7 @@ class Expert:
 
     def private_names(self) -> list[str]:
         """Names of its private parameters, head.safetensors included."""
-        return [*self.private, *(self._head.names() if self._head is not None else ())]
-
-    def shadowed(self) -> list[str]:
-        """Its own names of weights to be merged that head.safetensors has too."""
-        own = [*self.full.values(), *self.lora.values()]
-        return [name for name in own if self._head is not None and name in self._head]
+        return [*self.private, *(self.head.names() if self.head is not None else ())]
 
     def read_private(self) -> dict[str, Tensor]:
         """Its private parameters by name, in their stored dtype."""
@@ -80,8 +76,8 @@ class Expert:
     def close(self) -> None:
         """Give the file descriptors back."""
         self.source.close()
-        if self._head is not None:
-            self._head.close()
+        if self.head is not None:
+            self.head.close()
 
 
 def open_expert(name: str, path: Path) -> Expert:

@@ -16,7 +16,7 @@ from poemerge.checkpoints.compatibility import (
     unmoved,
 )
 from poemerge.checkpoints.expert import Expert
-from poemerge.checkpoints.names import Rule, match_names
+from poemerge.checkpoints.names import Rule, is_head, match_names
 from poemerge.checkpoints.safetensors_file import FLOATS
 from poemerge.checkpoints.vocabulary import vocabulary_problems
 from poemerge.errors import Problem
@@ -92,17 +92,32 @@ def meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterato
         for target in [target for target in expert.full if target in expert.lora]:
             if unmoved(base, target, expert.weights, expert.stored(expert.full[target])):
                 del expert.full[target]
-    yield from _shadow_problems(expert)
+    if expert.head is not None:
+        yield from _shadow_problems(base, expert, expert.head, rules, own_full + own_lora)
 
 
-def _shadow_problems(expert: Expert) -> Iterator[Problem]:
-    """Tensors of head.safetensors with the names of weights that are merged: one of the two would be read for both."""
-    shadowed = expert.shadowed()
+def _shadow_problems(
+    base: Checkpoint, expert: Expert, head: Checkpoint, rules: Mapping[str, Rule], own: list[str]
+) -> Iterator[Problem]:
+    """Tensors of head.safetensors with the names of weights that are merged: one of the two would be read for both.
+
+    `own`: the expert's own names, whose prefix the head's may have. A task's layer may have the name of the base's
+    where its shape is another one, as in a full model, unless the expert holds a weight or factors of that name too.
+    """
+    held = {*expert.full.values(), *expert.lora.values()}
+    matched = match_names(set(rules), [*own, *head.names()])
+
+    def shadows(name: str) -> bool:
+        target = matched.get(name, name)
+        is_merged = rules.get(target, "base") != "base"
+        return name in held or (is_merged and (head.shape(name) == base.shape(target) or not is_head(target)))
+
+    shadowed = [name for name in head.names() if shadows(name)]
     if shadowed:
         yield Problem(
             str(expert.path / HEAD),
-            f"{len(shadowed)} of the expert's weights that are merged, a second time",
-            "names that none of these has",
+            "the name of a weight that is merged" + (f" ({len(shadowed)} such)" if len(shadowed) > 1 else ""),
+            "names that no merged weight has",
             "keep nothing but the task's private tensors in this file, under names of their own",
             expert.name,
             shadowed[0],

@@ -85,7 +85,10 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise ParamsError(
             Problem("MODEL", str(args.model), "a folder with config.json and *.safetensors", "check the path")
         )
-    suites = open_suites(project, {name: settings.suites[name] for name in wanted}, args.split)
+    chosen = {name: settings.suites[name] for name in wanted}
+    suites = open_suites(project, chosen, args.split)
+    drawing = args.posterior_samples > 0
+    validation = open_suites(project, chosen, "validation") if drawing and args.temperature is None else []
     field = Field.of(project)
     contenders = [field.base(), field.merged("merged", args.model), field.expert()]
     contenders[1:1] = [field.baseline(_method(name), params.merge) for name in args.baseline]
@@ -94,11 +97,9 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     results = {
         name: dict(row) for name, row in evaluate_models(suites, contenders, store, runtime, keep_others=True).items()
     }
-    if args.posterior_samples > 0:
+    if drawing:
         from poemerge.ensemble import score_ensemble
 
-        chosen = {name: settings.suites[name] for name in wanted}
-        validation = open_suites(project, chosen, "validation") if args.temperature is None else []
         drawn, temperature = score_ensemble(
             field, suites, validation, store, runtime, count=args.posterior_samples, seed=settings.seed,
             temperature=args.temperature, merged=args.model,

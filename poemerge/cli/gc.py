@@ -7,14 +7,18 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["add_parser", "cache_files", "run"]
+import yaml
+
+__all__ = ["add_parser", "cache_files", "lost_folders", "run"]
 
 DESCRIPTION = """\
 Removes old candidates: registered versions beyond the newest --keep, with their runs and artifacts, and the entries of
 the local DVC cache that only they refer to. Never a version that has an alias, was ever champion or waits for approval;
 never a cache entry that the workspace or a version that stays needs, so every version that stays can be replayed. The
-DVC remote is left alone. What a removed version was made of stays known: `poemerge lineage --recall` finds it.
+DVC remote is left alone. Where the local cache lacks the list of files of a folder that a version which stays needs,
+every cache file stays. What a removed version was made of stays known: `poemerge lineage --recall` finds it.
 
 example:
   $ poemerge gc --keep 10 --dry-run
@@ -54,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
         cache = project.root / ".dvc" / "cache" / "files" / "md5"
         here = [path.read_text(encoding="utf-8") for path in _locks_here(project.root)]
         needed = cache_files(cache, [*here, *(what.locks[version.version] for version in what.kept)])
-        old = cache_files(cache, [what.locks[version.version] for version in what.gone]) - needed
+        unknown = {version.version: lost_folders(cache, what.locks[version.version]) for version in what.kept}
+        unknown = {version: folders for version, folders in unknown.items() if folders}
+        # Any file may be one that a folder without its list holds.
+        gone = [] if unknown else [what.locks[version.version] for version in what.gone]
+        old = cache_files(cache, gone) - needed
         present = sorted(path for path in old if path.is_file())
         size = sum(path.stat().st_size for path in present)
         verb = "would remove" if args.dry_run else "removed"
@@ -67,6 +75,11 @@ def run(args: argparse.Namespace) -> int:
     if what.runs:
         print(f"{verb} {_count(len(what.runs), 'run')} that registrations left behind")
     print(f"{verb} {_count(len(present), 'cache file')}, {size / 1e6:.1f} MB")
+    if unknown:
+        print("every cache file stays: the DVC cache lacks the list of files of folders that these versions need")
+        for version, folders in unknown.items():
+            print(f"  version {version}: {', '.join(folders)}")
+        print("  next: `dvc fetch --all-commits` brings the lists from the DVC remote, before old versions go")
     return 0
 
 
@@ -78,7 +91,7 @@ def cache_files(cache: Path, locks: Iterable[str]) -> set[Path]:
     """The files of the DVC `cache` (…/files/md5) that dvc.lock texts refer to: each entry, and what a folder's entry
     lists.
 
-    A folder whose own entry is not in the cache any more adds only itself.
+    A folder whose own entry is not in the cache any more, or cannot be read, adds only itself.
     """
     found: set[Path] = set()
     for text in locks:
@@ -87,10 +100,31 @@ def cache_files(cache: Path, locks: Iterable[str]) -> set[Path]:
             if path in found:
                 continue
             found.add(path)
-            if digest.endswith(".dir") and path.is_file():
-                members = (entry["md5"] for entry in json.loads(path.read_text(encoding="utf-8")))
-                found |= {cache / member[:2] / member[2:] for member in members}
+            if digest.endswith(".dir"):
+                found |= {cache / member[:2] / member[2:] for member in _members(path) or ()}
     return found
+
+
+def lost_folders(cache: Path, lock: str) -> list[str]:
+    """The outputs of the stages in the text `lock` of a dvc.lock that are folders of whose files nothing is known, for
+    the DVC `cache` has no entry of theirs that can be read.
+    """
+    stages: dict[str, dict[str, Any]] = (yaml.safe_load(lock) or {}).get("stages") or {}
+    # Not what stages depend on: our own code is no output, so it is never in the cache.
+    outs = [out for stage in stages.values() for out in stage.get("outs", ())]
+    return [
+        out["path"]
+        for out in outs
+        if (digest := out.get("md5", "")).endswith(".dir") and _members(cache / digest[:2] / digest[2:]) is None
+    ]
+
+
+def _members(entry: Path) -> list[str] | None:
+    """The digests of the files that the `entry` of a folder lists; None where it is not there or cannot be read."""
+    try:
+        return [member["md5"] for member in json.loads(entry.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _locks_here(root: Path) -> list[Path]:

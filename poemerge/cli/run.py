@@ -16,7 +16,7 @@ tail          unchanged      0.2 s  residuals of 3 experts, side both: student_t
 expert        unchanged      0.2 s  student_t with ν = 6.59: best held-out log-likelihood of 3 families …
 merge         ran           17.7 s  3 experts by poe: 13 parameters merged, 26 averaged, 0 left at the base, in 1.5 s
 evaluate      ran           25.8 s  merged 0.3333, 96.3% of the experts' (0.3472)
-register      ran           28.1 s  tiny version 2 is champion in place of version 1
+register      ran           28.1 s  tiny version 2 became champion in place of version 1
 ...
 
 What changed since the last run is done again, nothing else: `poemerge plan` says it beforehand. A value set back is

@@ -39,11 +39,14 @@ def run(args: argparse.Namespace) -> int:
 
     from poemerge.cli.flows import ended_by_sigterm
     from poemerge.project import Project
+    from poemerge.registry.tracking import check_own
     from poemerge.servers import mlflow_server, prefect_server, publish, published
 
     project = Project.find()
     already = published(project)
     configured = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not configured.startswith("http"):
+        check_own(project)
     with ended_by_sigterm(), contextlib.ExitStack() as stack:
         own: dict[str, str] = {}
         prefect = os.environ.get("PREFECT_API_URL") or already.get("prefect")

@@ -6,8 +6,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
@@ -15,11 +13,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
 from poemerge.errors import RegistryError
+from poemerge.own_registry import EXPERIMENT, of_another_checkout, own_uri
 from poemerge.project import Project
 
-__all__ = ["EXPERIMENT", "connect", "experiment_id", "no_registry", "speaking", "tracking_uri"]
-
-EXPERIMENT = "poemerge"
+__all__ = ["EXPERIMENT", "check_own", "connect", "experiment_id", "no_registry", "speaking", "tracking_uri"]
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 # SQLAlchemy's migrations tell each table they create.
@@ -27,19 +24,13 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def tracking_uri(project: Project) -> str:
-    """MLFLOW_TRACKING_URI where it is set, else an SQLite file inside the project (an absolute path: MLflow's own
-    default depends on the working directory).
-    """
-    return os.environ.get("MLFLOW_TRACKING_URI") or _own_uri(project)
-
-
-def _own_uri(project: Project) -> str:
-    return f"sqlite:///{project.mlflow_db}"
+    """MLFLOW_TRACKING_URI where it is set, else the project's own."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or own_uri(project)
 
 
 def no_registry(project: Project) -> bool:
     """Whether the project would use a database of its own, and nothing has been written to it yet."""
-    return tracking_uri(project) == _own_uri(project) and not project.mlflow_db.is_file()
+    return tracking_uri(project) == own_uri(project) and not project.mlflow_db.is_file()
 
 
 def connect(project: Project) -> MlflowClient:
@@ -58,32 +49,22 @@ def connect(project: Project) -> MlflowClient:
         # MLflow writes its choice into the environment, where it would look as if somebody had asked for it.
         if given is None:
             os.environ.pop("MLFLOW_TRACKING_URI", None)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        # A database that is not there yet is made by who writes first, which takes seconds.
-        if uri == _own_uri(project) and project.mlflow_db.is_file():
-            _check_place(client, project)
-        return client
+        if uri == own_uri(project):
+            check_own(project)
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _check_place(client: MlflowClient, project: Project) -> None:
-    """Raises RegistryError when the experiments of the project's own database keep their artifacts in another folder.
-
-    Their places are absolute: a copy of a checkout would write into the original's, and remove from it.
+def check_own(project: Project) -> None:
+    """Raises RegistryError when the project's own database is the registry of another checkout, which this one was
+    copied from. One that is not there yet is made by who writes first, which takes seconds.
     """
-    for experiment in client.search_experiments(filter_string=f"name LIKE '{EXPERIMENT}%'"):
-        place = urlsplit(experiment.artifact_location)
-        if experiment.name.split(" ")[0] != EXPERIMENT or place.scheme != "file":
-            continue
-        there = Path(unquote(place.path))
-        if there.resolve() != project.mlflow_artifacts.resolve():
-            raise RegistryError(
-                "The registry in this checkout belongs to a checkout elsewhere.\n"
-                f"  got:      {project.mlflow_db}, whose artifacts lie in {there}\n"
-                f"  expected: artifacts in {project.mlflow_artifacts}\n"
-                f"  next:     if this checkout was moved, move it back (or link {there.parents[2]} to it); if it is a "
-                "copy, `rm -r .poemerge/mlflow metrics/registration.json` here: `poemerge run` then starts a registry "
-                "of its own"
-            )
+    if not project.mlflow_db.is_file():
+        return
+    uri = own_uri(project)
+    with speaking(uri):
+        problem = of_another_checkout(MlflowClient(tracking_uri=uri, registry_uri=uri), project)
+    if problem is not None:
+        raise RegistryError(str(problem))
 
 
 def experiment_id(client: MlflowClient, project: Project, name: str = EXPERIMENT) -> str:

@@ -91,7 +91,8 @@ def lineage_section(project: Project, merge: Mapping[str, Any], registration: Ma
     ]
     if registration is not None:
         aliases = ", ".join(registration["aliases"]) or "no alias"
-        facts.insert(0, ["registered as", f"{registration['model']} version {registration['version']} ({aliases})"])
+        named = f"{registration['model']} version {registration['version']} (then {aliases})"
+        facts.insert(0, ["registered as", named])
         facts.insert(1, ["MLflow run", Safe(f"<code>{esc(registration['run_id'])}</code>")])
     versions = ", ".join(f"{name} {version}" for name, version in merge.get("versions", {}).items())
     facts.append(["libraries", versions])

@@ -55,19 +55,20 @@ def lead(evaluation: Mapping[str, Any] | None, registration: Mapping[str, Any] |
 
 
 def _decision(evaluation: Mapping[str, Any] | None, registration: Mapping[str, Any] | None) -> str:
+    """What registering led to, in the past tense: the champion may be another one when the page is read."""
     if registration is None:
         return "Merged and scored; not registered yet" if evaluation is not None else "Merged; not scored yet"
     version, before = registration["version"], registration.get("champion_before")
     if registration["promoted"]:
-        return f"Version {version} is champion" + (
+        return f"Version {version} became champion" + (
             f", in place of version {before}" if before != version and before else ""
         )
     if "champion" in registration["aliases"]:
-        return f"Version {version} stays champion"
+        return f"Version {version} stayed champion"
     if registration.get("awaits_approval"):
-        return f"Version {version} passed every gate and waits for approval"
-    stays = f"version {before} stays champion" if before is not None else "there is no champion"
-    return f"Version {version} is a candidate; {stays}"
+        return f"Version {version} passed every gate, and its promotion needed approval"
+    stayed = f"version {before} stayed champion" if before is not None else "there was no champion"
+    return f"Version {version} was not promoted; {stayed}"
 
 
 def _best(mean: Mapping[str, Any]) -> str | None:

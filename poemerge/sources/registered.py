@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+from poemerge.own_registry import of_another_checkout, own_uri
+from poemerge.project import Project
 from poemerge.sources.contents import Kind, needed, require_weights
 from poemerge.sources.refusal import Refusal, refusing
 from poemerge.sources.source import Brought, Revision, Workplace
@@ -18,10 +20,15 @@ __all__ = ["RegisteredSource", "client", "speaking_to_mlflow"]
 
 
 def client(place: Workplace) -> Any:
-    """A client of the MLflow that the workplace names."""
+    """A client of the MLflow that the workplace names. Raises Refusal when that is the registry of another checkout,
+    which this one was copied from."""
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=place.tracking_uri, registry_uri=place.tracking_uri)
+    project = Project(place.root)
+    made = MlflowClient(tracking_uri=place.tracking_uri, registry_uri=place.tracking_uri)
+    if place.tracking_uri == own_uri(project) and (problem := of_another_checkout(made, project)) is not None:
+        raise Refusal(problem.got, problem.expected, problem.next_step)
+    return made
 
 
 speaking_to_mlflow = refusing(lambda error: _refuse(error))

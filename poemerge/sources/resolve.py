@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from poemerge.errors import BadInputError, Problem, SourceError
+from poemerge.own_registry import own_uri
 from poemerge.params import ExpertParams, Params, SourceParams, SuiteParams
 from poemerge.project import Project
 from poemerge.sources.address import is_remote, parse, with_revision
@@ -36,7 +37,7 @@ def workplace(project: Project) -> Workplace:
     return Workplace(
         root=project.root,
         digests=DigestCache(project.state / "digests.json"),
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project.mlflow_db}",
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or own_uri(project),
     )
 
 

@@ -38,7 +38,7 @@ def read_split(spec: SuiteSpec, columns: tuple[str, ...] = ()) -> pd.DataFrame:
             f"split {split!r}",
             got=f"{here} in {folder}",
             expected=f"{split}.jsonl, {split}.csv or {split}.parquet",
-            next_step="mend `split` or `data` of the suite",
+            next_step="name a split that is there, or mend `data` of the suite",
         )
     rows = pd.concat([_read(path) for path in files], ignore_index=True)
     missing = [name for name in columns if name not in rows.columns]

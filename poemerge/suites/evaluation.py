@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poemerge.errors import BadInputError, SuiteError
+from poemerge.errors import BadInputError, BadSuitesError, SuiteError
 from poemerge.suites.progress import EvaluationProgress
 from poemerge.suites.protocol import Model, Suite, SuiteSpec, open_suite
 from poemerge.suites.runtime import Runtime
@@ -54,7 +54,7 @@ Results = Mapping[str, Mapping[str, tuple[Scored, Columns]]]
 def load_suites(
     specs: Sequence[SuiteSpec], expert_of: Callable[[SuiteSpec], str | None], digest_of: Callable[[Path], str]
 ) -> list[OpenSuite]:
-    """The suites, opened and their examples read. Raises SuiteError that lists what is wrong with each of them."""
+    """The suites, opened and their examples read. Raises BadSuitesError that lists what is wrong with each of them."""
     loaded, problems = [], []
     for spec in specs:
         try:
@@ -67,7 +67,7 @@ def load_suites(
         digest = own() if own is not None else digest_of(spec.data) if spec.data is not None else score_key(data=None)
         loaded.append(OpenSuite(spec, suite, examples, expert_of(spec), digest))
     if problems:
-        raise SuiteError("\n\n".join(problems))
+        raise BadSuitesError("\n\n".join(problems))
     return loaded
 
 
