@@ -57,7 +57,7 @@ def _llama(folder: Path) -> Any:
     return _moved(LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=3, pad_token_id=0))
 
 
-@pytest.mark.parametrize("make", [_bert, _roberta, _vit, _llama])
+@pytest.mark.parametrize("make", [_vit, _llama])
 def test_a_classifier_of_transformers_predicts_what_it_predicts(make: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     expert = make(tmp_path)
@@ -66,57 +66,87 @@ def test_a_classifier_of_transformers_predicts_what_it_predicts(make: Any, tmp_p
     assert why_not(experts, 1 << 30) == {}
     predictor = Predictor(experts, "expert")
     inputs = predictor.inputs.draw(32, 32, torch.Generator().manual_seed(4))
-    found = predictor.logits(inputs)
+    found = predictor.answer(inputs)
     with torch.no_grad():
         expected = expert(**inputs).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-5)
     factors = measure(experts, "expert")
     matrices = {name for name in experts.names() if experts.rule(name) == "matrix"}
     assert matrices - {"lm_head.weight"} == set(factors)
     assert all(float(factor.norm()) > 0 for factor in factors.values())
 
 
+@pytest.mark.parametrize("make", [_bert, _roberta])
+def test_an_encoder_of_texts_is_asked_by_its_features_whatever_its_classifier_reads(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    expert = make(tmp_path)
+    expert.save_pretrained(tmp_path / "expert")
+    experts = ExpertSet.open(tmp_path / "base", {"expert": tmp_path / "expert"})
+    assert why_not(experts, 1 << 30) == {}
+    predictor = Predictor(experts, "expert")
+    assert predictor.directions is not None
+    inputs = predictor.inputs.draw(32, 32, torch.Generator().manual_seed(4))
+    found = predictor.answer(inputs)
+    with torch.no_grad():
+        expected = expert.base_model(**inputs).last_hidden_state @ predictor.directions.T
+    assert found.logits is None
+    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-4)
+    matrices = {name for name in experts.names() if experts.rule(name) == "matrix" and "pooler" not in name}
+    assert set(measure(experts, "expert")) == matrices
+
+
+def _adapted(base: Path, classifier: Any, task: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    whole = classifier.from_pretrained(base, num_labels=3)
+    if whole.config.pad_token_id is None:
+        whole.config.pad_token_id = 0
+    names = ["q_proj", "v_proj"] if "llama" in whole.config.model_type else ["query", "value"]
+    settings = LoraConfig(task_type=task, r=2, target_modules=names, init_lora_weights=False)
+    return get_peft_model(whole, settings).eval()
+
+
 def test_an_adapter_with_its_classifier_predicts_what_peft_makes_it_predict(tmp_path: Path) -> None:
-    from peft import LoraConfig, TaskType, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(0)
-    base = make_base(tmp_path / "base")
-    whole = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
-    settings = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"], init_lora_weights=False)
-    adapted = get_peft_model(whole, settings).eval()
+    _llama(tmp_path)
+    adapted = _adapted(tmp_path / "base", AutoModelForSequenceClassification, "SEQ_CLS")
     adapted.save_pretrained(tmp_path / "adapter")
-    experts = ExpertSet.open(base, {"adapter": tmp_path / "adapter"})
+    experts = ExpertSet.open(tmp_path / "base", {"adapter": tmp_path / "adapter"})
     predictor = Predictor(experts, "adapter")
     inputs = predictor.inputs.draw(32, 32, torch.Generator().manual_seed(4))
-    found = predictor.logits(inputs)
+    found = predictor.answer(inputs)
     with torch.no_grad():
         expected = adapted(**inputs).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
-def test_a_classifier_of_tokens_is_not_asked(kind: str, tmp_path: Path) -> None:
-    from peft import LoraConfig, TaskType, get_peft_model
+def test_a_classifier_of_tokens_is_asked_by_its_features_or_not_at_all(kind: str, tmp_path: Path) -> None:
     from transformers import AutoModelForTokenClassification
 
-    base = make_base(tmp_path / "base")
-    whole = _moved(AutoModelForTokenClassification.from_pretrained(base, num_labels=3))
-    settings = LoraConfig(task_type=TaskType.TOKEN_CLS, r=2, target_modules=["query"], init_lora_weights=False)
-    (whole if kind == "full" else get_peft_model(whole, settings)).save_pretrained(tmp_path / "expert")
-    experts = ExpertSet.open(base, {"expert": tmp_path / "expert"})
-    said = {"full": "BertForTokenClassification", "adapter": "an adapter for TOKEN_CLS"}[kind]
-    assert why_not(experts, 1 << 30) == {"expert": f"{said} does not say one class for an input"}
+    _llama(tmp_path)
+    for base, told in ((tmp_path / "base", False), (make_base(tmp_path / "encoder"), True)):
+        whole = _moved(AutoModelForTokenClassification.from_pretrained(base, num_labels=3))
+        folder = tmp_path / f"expert-{told}"
+        (whole if kind == "full" else _adapted(base, AutoModelForTokenClassification, "TOKEN_CLS")).save_pretrained(
+            folder
+        )
+        experts = ExpertSet.open(base, {"expert": folder})
+        said = {"full": "LlamaForTokenClassification", "adapter": "an adapter for TOKEN_CLS"}[kind]
+        reasons = {} if told else {"expert": f"{said} does not say one class for an input"}
+        assert why_not(experts, 1 << 30) == reasons
 
 
 def test_a_network_with_a_hole_is_merged_without_a_measurement(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    one = make_full_expert(base, tmp_path / "one", seed=1)
-    tensors = load_file(one / "model.safetensors")
-    holed = {name: tensor for name, tensor in tensors.items() if name != "head.weight"}
-    holed["classifier.weight"] = torch.randn(3, tensors["head.weight"].shape[1])  # and no bias
-    save_file(holed, one / "model.safetensors", metadata={"format": "pt"})
-    record = merge(base, {"one": one}, tmp_path / "m", MergeParams()).record
+    torch.manual_seed(0)
+    expert = _vit(tmp_path)
+    expert.save_pretrained(tmp_path / "expert")
+    tensors = load_file(tmp_path / "expert" / "model.safetensors")
+    del tensors["classifier.bias"]
+    save_file(tensors, tmp_path / "expert" / "model.safetensors", metadata={"format": "pt"})
+    record = merge(tmp_path / "base", {"one": tmp_path / "expert"}, tmp_path / "m", MergeParams()).record
     assert (
         record["experts"]["one"]["sensitivity"] == "ValueError: neither the base nor the expert holds classifier.bias"
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from poemerge.checkpoints import ExpertSet
 from poemerge.merging import MergeResult, matrices, merge, refinement, staging
-from poemerge.merging.predictor import Predictor
+from poemerge.merging.predictor import Answer, Predictor
 from poemerge.merging.staging import Staging
 from poemerge.params import MergeParams
 from tests.tiny import make_base, make_full_expert, make_lora_expert
@@ -42,28 +42,32 @@ def _merge(models: dict[str, Path], out: Path, names: tuple[str, ...] = NAMES, *
     return merge(models["base"], {name: models[name] for name in names}, out, params)
 
 
-def _readings(models: dict[str, Path], merged: Path, name: str) -> tuple[Predictor, Tensor, Tensor]:
-    """What an expert's head reads of the expert, and of the merge, on inputs that the refinement does not draw."""
-    predictor = Predictor(ExpertSet.open(models["base"], {name: models[name]}), name)
+def _answers(models: dict[str, Path], merged: Path, name: str) -> tuple[Answer, Answer]:
+    """What an expert says of inputs that the refinement does not draw, and what the merge says under its head."""
+    predictor = Predictor(ExpertSet.open(models["base"], {name: models[name]}), name, features=True)
     inputs = predictor.inputs.draw(200, 16, torch.Generator().manual_seed(12345))
     with torch.no_grad():
-        own = predictor.reading(inputs)
+        own = predictor.answer(inputs)
         weights = load_file(merged / "model.safetensors")
         predictor.adopt({each: torch.nn.Parameter(value) for each, value in weights.items()})
-        return predictor, own, predictor.reading(inputs)
+        return own, predictor.answer(inputs)
 
 
 def _divergence(models: dict[str, Path], merged: Path, name: str) -> float:
     """KL(expert ‖ merged)."""
-    predictor, *readings = _readings(models, merged, name)
-    said, now = (torch.log_softmax(predictor.under_head(one), -1) for one in readings)
-    return float((said.exp() * (said - now)).sum(-1).mean())
+    own, now = _answers(models, merged, name)
+    assert own.logits is not None
+    assert now.logits is not None
+    said = torch.log_softmax(own.logits, -1)
+    return float((said.exp() * (said - torch.log_softmax(now.logits, -1))).sum(-1).mean())
 
 
 def _distance(models: dict[str, Path], merged: Path, name: str) -> float:
-    """Mean ‖h_i − h_Θ‖² of what the expert's head reads."""
-    _, own, now = _readings(models, merged, name)
-    return float((own - now).square().sum(-1).mean())
+    """Mean ½‖V(h_i − h_Θ)‖² of the features that the expert moved."""
+    own, now = _answers(models, merged, name)
+    assert own.features is not None
+    assert now.features is not None
+    return 0.5 * float((own.features - now.features).square().sum(-1).mean())
 
 
 def test_the_merge_comes_nearer_to_what_the_experts_predict(models: dict[str, Path], tmp_path: Path) -> None:
@@ -80,15 +84,36 @@ def test_the_merge_comes_nearer_to_what_the_experts_predict(models: dict[str, Pa
         assert note["divergence"][name] == pytest.approx([before[name], after[name]], rel=0.3)
 
 
-def test_what_the_heads_read_counts_beside_what_they_say(
+def test_without_heads_the_merge_comes_nearer_to_the_features_that_were_moved(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    headless = {"base": models["base"]}
+    for name in ("one", "two"):
+        tensors = load_file(models[name] / "model.safetensors")
+        del tensors["head.weight"]
+        headless[name] = tmp_path / name
+        headless[name].mkdir()
+        save_file(tensors, headless[name] / "model.safetensors")
+
+    _merge(headless, tmp_path / "solved", ("one", "two"), refinement_steps=0)
+    note = _merge(headless, tmp_path / "refined", ("one", "two")).record["refinement"]
+    assert (note["steps"], note["kept"]) == (STEPS, True)
+    for name in ("one", "two"):
+        assert _distance(headless, models["base"], name) == pytest.approx(1, rel=0.4)  # on shorter texts
+        before, after = (_distance(headless, tmp_path / out, name) for out in ("solved", "refined"))
+        assert note["divergence"][name] == pytest.approx([before, after], rel=0.3)
+        assert after < 0.9 * before
+
+
+def test_the_features_that_were_moved_count_beside_what_the_heads_say(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distance = {}
-    for weight in (0.0, 1.0):
-        monkeypatch.setattr(refinement, "_READING", weight)
-        _merge(models, tmp_path / str(weight))
-        distance[weight] = sum(_distance(models, tmp_path / str(weight), name) for name in NAMES)
-    assert distance[1.0] < 0.95 * distance[0.0]
+    _merge(models, tmp_path / "both")
+    monkeypatch.setattr("poemerge.merging.predictor.moved_directions", Mock(side_effect=ValueError))
+    _merge(models, tmp_path / "heads alone")
+    monkeypatch.undo()
+    both, alone = (sum(_distance(models, tmp_path / out, name) for name in NAMES) for out in ("both", "heads alone"))
+    assert both < 0.95 * alone
 
 
 def test_what_moves_and_what_stays(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +163,7 @@ def test_what_wins_nothing_is_taken_back(
     assert again.record["digest"] == solved.record["digest"]
 
 
-@pytest.mark.parametrize("fails", ["adopt", "under_head"])
+@pytest.mark.parametrize("fails", ["adopt", "answer"])
 def test_a_network_that_fails_costs_the_refinement_alone(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
@@ -253,14 +278,12 @@ def test_a_refined_shard_that_was_lost_is_refined_again(
 
 
 def test_why_a_merge_is_not_refined(models: dict[str, Path], tmp_path: Path) -> None:
-    tensors = load_file(models["two"] / "model.safetensors")
-    del tensors["head.weight"]
-    (tmp_path / "bare").mkdir()
-    save_file(tensors, tmp_path / "bare" / "model.safetensors")
-    known = {**models, "bare": tmp_path / "bare"}
+    (tmp_path / "still").mkdir()
+    shutil.copy(models["base"] / "model.safetensors", tmp_path / "still")
+    known = {**models, "still": tmp_path / "still"}
     for names, settings, why in (
         (("one",), {}, "one expert alone"),
-        (("one", "bare"), {}, "bare cannot be asked: it has no head of its own"),
+        (("one", "still"), {}, "still cannot be asked: ValueError: it has no head of its own, and moves no features"),
         (("one", "two"), {"side": "output"}, "no matrix is solved with"),
         (("one", "two"), {"method": "mean"}, "no matrix is solved with"),
         (("one", "two"), {"max_memory": "800KB"}, "it would take"),
@@ -353,29 +376,46 @@ def test_the_command_tells_of_it(models: dict[str, Path], tmp_path: Path, capsys
     assert "predictions in 6 steps: 0." in capsys.readouterr().out
 
 
-def test_experts_under_classifiers_of_their_own_stay_as_they_are_solved(
+def _under_classifiers(models: dict[str, Path], folder: Path, names: tuple[str, ...]) -> dict[str, Path]:
+    """The experts with a classifier of transformers' own in place of the head."""
+    experts = {}
+    for name in names:
+        shutil.copytree(models[name], folder / name)
+        experts[name] = folder / name
+        tensors = load_file(folder / name / "model.safetensors")
+        head = tensors.pop("head.weight")
+        classifier = {"classifier.weight": head, "classifier.bias": torch.zeros(len(head))}
+        save_file(tensors | classifier, folder / name / "model.safetensors", {"format": "pt"})
+    return experts
+
+
+def test_what_a_classifier_says_that_was_trained_with_its_expert_has_no_part(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Their classifiers were trained with them: measured, held to the experts' reach, and not refined."""
-    experts = {}
-    for name in ("one", "two"):
-        folder = experts[name] = tmp_path / name
-        shutil.copytree(models[name], folder)
+    experts = _under_classifiers(models, tmp_path, ("one", "two"))
+    merged = merge(models["base"], experts, tmp_path / "merged", MergeParams(refinement_steps=STEPS)).record
+    assert {one["sensitivity"] for one in merged["experts"].values()} == {"measured"}
+    assert (merged["refinement"]["steps"], merged["refinement"]["kept"]) == (STEPS, True)
+    for folder in experts.values():
         tensors = load_file(folder / "model.safetensors")
-        head = tensors.pop("head.weight")
-        save_file(
-            tensors | {"classifier.weight": head, "classifier.bias": torch.zeros(len(head))},
-            folder / "model.safetensors",
-            {"format": "pt"},
-        )
-    merged = merge(models["base"], experts, tmp_path / "merged", MergeParams(refinement_steps=STEPS))
+        tensors["classifier.weight"].neg_()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    other = merge(models["base"], experts, tmp_path / "other", MergeParams(refinement_steps=STEPS)).record
+    assert other["refinement"] == merged["refinement"]
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("merged", "other"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_images_under_classifiers_of_their_own_stay_as_they_are_solved(tmp_path: Path) -> None:
+    """Their classifiers were trained with them: measured, held to the experts' reach, and not refined."""
+    models = _vision_models(tmp_path / "models", 0.3)
+    experts = _under_classifiers(models, tmp_path, ("cats", "dogs"))
+    params = MergeParams(refinement_steps=STEPS)
+    merged = merge(models["base"], experts, tmp_path / "merged", params)
     assert {one["sensitivity"] for one in merged.record["experts"].values()} == {"measured"}
     assert merged.record["refinement"]["steps"] == 0
-    assert "one has a classifier that was trained with it" in merged.record["refinement"]["why"]
-    base, weights = (
-        load_file(models["base"] / "model.safetensors"),
-        load_file(tmp_path / "merged" / "model.safetensors"),
-    )
+    assert "cats has a classifier that was trained with it" in merged.record["refinement"]["why"]
+    base, weights = (load_file(path / "model.safetensors") for path in (models["base"], tmp_path / "merged"))
     opened = ExpertSet.open(models["base"], experts)
     ledger = [json.loads(line) for line in (tmp_path / "merged" / "ledger.jsonl").read_text().splitlines()]
     solved = [line for line in ledger if line["method"] == "poe"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from poemerge.checkpoints import ExpertSet
 from poemerge.errors import BadInputError, CheckpointError
 from poemerge.merging import merge, prepare
 from poemerge.merging import sensitivity as module
+from poemerge.merging.predictor import Predictor
 from poemerge.merging.sensitivity import gather, measure, why_not
 from poemerge.numerics.breadth import breadth, breadth_of_factors
 from poemerge.params import MergeParams
@@ -191,16 +193,25 @@ def _coefficient(folder: Path, name: str) -> float:
     return float(next(line["coefficient"] for line in lines if line["name"] == name))
 
 
+def _with_config(base: Path, folder: Path, **config: Any) -> Path:
+    """A copy of the base whose config.json says something else."""
+    shutil.copytree(base, folder)
+    told = json.loads((base / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, **config}))
+    return folder
+
+
 def test_a_merge_is_added_whole_where_all_that_moved_a_matrix_are_measured(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     both, headless = _experts(models, "one", "lora"), _experts(models, "one", "headless")
     merge(models["base"], both, tmp_path / "known", MergeParams())
     assert _coefficient(tmp_path / "known", QUERY) == 1
-    record = merge(models["base"], headless, tmp_path / "partly", MergeParams()).record
+    base = _with_config(models["base"], tmp_path / "generator", architectures=["BertLMHeadModel"])
+    record = merge(base, headless, tmp_path / "partly", MergeParams()).record
     assert [record["experts"][name]["sensitivity"] for name in ("one", "headless")] == [
         "measured",
-        "it has no head of its own",
+        "it has no head of its own, and its base is no encoder",
     ]
     merge(models["base"], headless, tmp_path / "off", MergeParams(sensitivity="off"))
     by_length = _coefficient(tmp_path / "off", QUERY)
@@ -245,16 +256,61 @@ def test_the_merge_is_the_solver_with_what_was_measured(models: dict[str, Path],
     torch.testing.assert_close(merged / 0.7, theta, atol=2e-5, rtol=0)
 
 
-def test_an_expert_without_a_head_is_merged_without(models: dict[str, Path], tmp_path: Path) -> None:
-    tensors = load_file(models["one"] / "model.safetensors")
-    del tensors["head.weight"]
-    (tmp_path / "bare").mkdir()
-    save_file(tensors, tmp_path / "bare" / "model.safetensors")
-    record = merge(
-        models["base"], {"bare": tmp_path / "bare", "lora": models["lora"]}, tmp_path / "m", MergeParams()
-    ).record
-    assert record["experts"]["bare"]["sensitivity"] == "it has no head of its own"
-    assert record["experts"]["lora"]["sensitivity"] == "measured"
+def test_without_a_head_the_features_that_it_moved_stand_for_one(models: dict[str, Path], tmp_path: Path) -> None:
+    record = merge(models["base"], _experts(models, "headless", "lora"), tmp_path / "m", MergeParams()).record
+    assert {one["sensitivity"] for one in record["experts"].values()} == {"measured"}
+    assert _coefficient(tmp_path / "m", QUERY) == 1
+
+
+def test_what_is_measured_without_a_head_is_the_covariance_of_its_moved_features_gradients(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_INPUTS", 1024)
+    experts = ExpertSet.open(models["base"], _experts(models, "headless"))
+    found = measure(experts, "headless")
+    predictor = Predictor(experts, "headless")
+    seen: list[Tensor] = []
+    layer = predictor.model.get_submodule(OUTPUT.removesuffix(".weight"))
+    layer.register_forward_hook(lambda _, __, out: seen.append(out.requires_grad_()))
+    said = predictor.answer(predictor.inputs.draw(96, 8, torch.Generator().manual_seed(5))).features
+    assert said is not None
+    expected = torch.zeros(32, 32)
+    for token in range(said.shape[1]):
+        for direction in range(said.shape[2]):
+            # Exactly E[g gᵀ]: a Gaussian's Fisher matrix is the identity, so every mean's gradient counts as one.
+            (gradient,) = torch.autograd.grad(said[:, token, direction].sum(), seen[0], retain_graph=True)
+            rows = gradient.flatten(0, 1)
+            expected += rows.T @ rows
+    one, other = found[OUTPUT] @ found[OUTPUT].T, expected
+    assert float((one * other).sum() / one.norm() / other.norm()) > 0.98
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "its base is no encoder"),
+        ({"is_encoder_decoder": True}, "its base is no encoder"),
+        ({"image_size": 32}, "its inputs are images"),
+    ],
+)
+def test_features_tell_nothing_of_generators_and_images(
+    models: dict[str, Path], tmp_path: Path, config: dict[str, Any], reason: str
+) -> None:
+    base = _with_config(models["base"], tmp_path / "base", **config)
+    reasons = why_not(ExpertSet.open(base, _experts(models, "one", "headless")), 1 << 40)
+    assert set(reasons) == {"headless"}
+    assert reason in reasons["headless"]
+
+
+def test_an_expert_that_moves_no_features_is_merged_without(models: dict[str, Path], tmp_path: Path) -> None:
+    base = load_file(models["base"] / "model.safetensors")
+    moved = {n: value + 0.1 if n == "pooler.dense.weight" else value for n, value in base.items()}
+    (tmp_path / "pooler").mkdir()
+    save_file(moved, tmp_path / "pooler" / "model.safetensors")
+    experts = {"pooler": tmp_path / "pooler", "lora": models["lora"]}
+    record = merge(models["base"], experts, tmp_path / "m", MergeParams()).record
+    assert "moves no features of the base" in record["experts"]["pooler"]["sensitivity"]
+    assert "pooler cannot be asked" in record["refinement"]["why"]
 
 
 def test_a_model_that_is_too_large_or_unknown_is_merged_without(models: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from poemerge.quiet import quiet_loading
 
-__all__ = ["RandomInputs", "tokens_of"]
+__all__ = ["RandomInputs", "of_images", "tokens_of"]
 
 _MARKS = re.compile("^(##|[Ġ▁ ])|</w>$")
 """What tokenizers write on a token that starts, ends or goes on with a word."""
@@ -77,9 +77,14 @@ class RandomInputs:
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
+def of_images(config: Mapping[str, Any]) -> bool:
+    """Whether the inputs of the network with this config.json are images."""
+    return bool({"image_size", "vision_config"} & set(config))
+
+
 def tokens_of(config: Mapping[str, Any], length: int) -> int:
     """How many tokens the network of this config.json sees in one input: a text of `length`, or an image's patches."""
-    if not {"image_size", "vision_config"} & set(config):
+    if not of_images(config):
         return min(length, config.get("max_position_embeddings") or length)
     vision = config.get("vision_config") or config
     height, width = _sides(vision.get("image_size") or _IMAGE)

@@ -13,7 +13,7 @@ import torch
 from poemerge.checkpoints import ExpertSet, Shard, plan_shards
 from poemerge.checkpoints.safetensors_file import FLOATS
 from poemerge.errors import BadInputError, Problem
-from poemerge.merging.predictor import trained_head
+from poemerge.merging.predictor import asked_by
 from poemerge.merging.sensitivity import columns, why_not
 from poemerge.merging.settings import ELEMENTWISE, SOLVED, ParameterSettings, Selection, resolve
 from poemerge.numerics.factored import FLOAT32_RTOL, THIN, in_dual_form
@@ -112,7 +112,8 @@ def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, dev
     limit = parse_bytes(params.max_memory)
     not_measured = dict.fromkeys(experts.experts, "off") if params.sensitivity == "off" else why_not(experts, limit)
     measured = set(experts.experts) - set(not_measured)
-    trained = any(trained_head(experts.experts[name].private_names()) for name in measured)
+    private = {name: tuple(one.private_names()) for name, one in experts.experts.items()}
+    trained = any(asked_by(private[name], experts.config) == "classifier" for name in measured)
     parameters = [_parameter(experts, params, selection, name, measured, trained) for name in experts.names()]
     shards = plan_shards([(p.name, p.dtype, p.shape) for p in parameters], parse_bytes(params.max_shard_size))
     by_name = {p.name: p for p in parameters}
@@ -154,7 +155,7 @@ def make_plan(experts: ExpertSet, params: MergeParams, selection: Selection, dev
         parameters=tuple(parameters),
         shards=tuple(laid_out),
         order=tuple(order),
-        private={name: tuple(one.private_names()) for name, one in experts.experts.items()},
+        private=private,
         not_measured=not_measured,
         bytes_read=sum(_bytes_read(experts, p) for p in parameters),
         bytes_written=sum(shard.nbytes for shard in shards),

@@ -1,21 +1,28 @@
-"""An expert as what it predicts: its network under its own head."""
+"""An expert as what it predicts: its network under its own frozen head, or the features that it moved.
+
+A classifier that was trained with its expert is asked only where the features tell nothing: merges that keep to the
+features were right more often than those that keep to what such classifiers say (docs/method.md).
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from poemerge.checkpoints import Adapter, Expert, ExpertSet, model_config
 from poemerge.checkpoints.names import classes_of, match_names
-from poemerge.merging.inputs import RandomInputs
+from poemerge.merging.features import moved_directions, why_no_features
+from poemerge.merging.inputs import RandomInputs, of_images
 from poemerge.numerics.precision import full_precision
 from poemerge.quiet import quiet_loading
 
-__all__ = ["Predictor", "in_one_line", "other_task", "predicts", "trained_head"]
+__all__ = ["Answer", "Predictor", "asked_by", "in_one_line", "other_task", "predicts"]
 
 _CLASSIFIERS = ("classifier", "score")
 """What transformers calls the classifier of its own task models."""
@@ -32,6 +39,11 @@ _LOADED: dict[str, Any] = {
 }
 """How the network of an expert is loaded, with its own head or with a classifier of transformers'."""
 
+_INPUTS = 256
+_BATCH = 32
+_TOKENS = 32
+"""Texts that say which features an expert without a head moved, how many of them at once, and their length."""
+
 _loading = threading.Lock()
 """transformers changes settings of the whole process while it loads a model."""
 
@@ -43,9 +55,14 @@ def predicts(private: Collection[str]) -> bool:
     )
 
 
-def trained_head(private: Collection[str]) -> bool:
-    """Whether private parameters of these names are a classifier of transformers' own, trained with its expert."""
-    return predicts(private) and "head.weight" not in private
+def asked_by(private: Collection[str], config: Mapping[str, Any]) -> Literal["head", "features", "classifier", None]:
+    """What an expert with private parameters of these names, of a base with this config.json, is asked by; None where
+    it cannot be asked."""
+    if "head.weight" in private:
+        return "head"
+    if why_no_features(config) is None:
+        return "features"
+    return "classifier" if predicts(private) else None
 
 
 def other_task(expert: Expert) -> str | None:
@@ -62,27 +79,52 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error) or 'nothing said').splitlines()[0]}"
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a network makes of inputs: a head's `logits` `[input, class]`, and V h of its `features` `[input, token,
+    direction]`; float32, and None for what the expert is not asked by."""
+
+    logits: Tensor | None
+    features: Tensor | None
+
+
 class Predictor:
     """The expert `name` in float32 on the CPU, with its private head; its weights need no gradients.
 
-    Raises what transformers raises for a model that it cannot build, and ValueError for one whose weights neither the
-    base nor the expert holds.
+    Where it is asked by its features, `directions` `[direction, hidden]` stand for a head (poemerge.merging.features);
+    an expert with a head of its own is asked by its features beside that where `features` says so, its inputs are texts
+    and it moved any. Raises what transformers raises for a model that it cannot build, and ValueError for one whose
+    weights neither the base nor the expert holds, or that is asked by features alone and moves none.
     """
 
-    def __init__(self, experts: ExpertSet, name: str) -> None:
+    def __init__(self, experts: ExpertSet, name: str, *, features: bool = False) -> None:
         private = experts.experts[name].read_private()
         self.experts = experts
         self.head = private.get("head.weight")
         self.bias = private.get("head.bias")
+        self.directions: Tensor | None = None
+        self._asked = asked_by(private, experts.config)
         with _loading:
-            self.model = _encoder(experts) if self.head is not None else _classifier(experts, name, private)
+            self.model = _classifier(experts, name, private) if self._asked == "classifier" else _encoder(experts)
             self.inputs = RandomInputs(experts.base.path, self.model.config, self._tokens_moved(name))
         self.model.eval().requires_grad_(False)
+        beside = features and self._asked == "head" and not of_images(experts.config)
+        before = self._features() if beside or self._asked == "features" else None
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for own, theirs in self._names():
                 if name in experts.touching(own):
                     parameters[theirs].add_(experts.delta(name, own))
+        if before is not None:
+            with suppress(ValueError) if beside else nullcontext():
+                self.directions = moved_directions(before, self._features())
+
+    @torch.no_grad()
+    def _features(self) -> Tensor:
+        """`[input, token, hidden]`, the last hidden states on the same texts whenever they are asked for."""
+        generator = torch.Generator().manual_seed(1)
+        asked = [self.inputs.draw(_BATCH, _TOKENS, generator) for _ in range(_INPUTS // _BATCH)]
+        return torch.cat([self.model(**inputs).last_hidden_state.float() for inputs in asked])
 
     def _tokens_moved(self, name: str) -> Tensor | None:
         """‖δ‖ `[token]` of what the expert did to the embeddings of its inputs; None where it left them alone."""
@@ -102,16 +144,15 @@ class Predictor:
             if last == "weight" and linear and self.experts.rule(name) == "matrix":
                 yield name, module
 
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """`[input, class]` float32, as the expert's head reads what the network makes of `inputs`."""
-        return self.under_head(self.reading(inputs)) if self.head is not None else self.model(**inputs).logits.float()
+    def answer(self, inputs: Mapping[str, Tensor]) -> Answer:
+        """What the expert's head makes of `inputs`, and what it makes of their features."""
+        out = self.model(**inputs)
+        features = None if self.directions is None else out.last_hidden_state.float() @ self.directions.mT
+        if self._asked == "head":
+            return Answer(self._under_head(_pooled(out, "pixel_values" in inputs)), features)
+        return Answer(out.logits.float() if self._asked == "classifier" else None, features)
 
-    def reading(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """`[input, hidden]` float32, what a head of its own reads of `inputs`: the same for every expert's head."""
-        return _pooled(self.model(**inputs), "pixel_values" in inputs)
-
-    def under_head(self, reading: Tensor) -> Tensor:
-        """`[input, class]` float32, what the expert's own head makes of a `reading`."""
+    def _under_head(self, reading: Tensor) -> Tensor:
         assert self.head is not None
         with full_precision():
             return torch.nn.functional.linear(

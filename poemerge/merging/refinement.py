@@ -1,10 +1,11 @@
 """From the solved merge downhill on what it costs each expert's predictions: the energy that the solver expands.
 
-E_i(Θ) = E_x [KL(p_i(·|x) ‖ p_Θ(·|x)) + β‖h_i(x) − h_Θ(x)‖²] over random inputs x, h being what the head reads, and
-Σ_i E_i is the product's energy before anything is approximated: the solver's Kronecker precisions are the divergence's
-second derivatives where an expert lies, and the merge lies between them. The second term tells more of the same: on
-random words a head reads few of the directions that it reads on texts. The divergence alone says first whether the
-merge is too long.
+E_i(Θ) = E_x [KL(p_i(·|x) ‖ p_Θ(·|x)) + ½‖V_i(h_i(x) − h_Θ(x))‖²] over random inputs x, p being what the expert's head
+says and V_i h what it moved of the features (poemerge.merging.features). Σ_i E_i is the product's energy before
+anything is approximated: the solver's Kronecker precisions are the divergence's second derivatives where an expert
+lies, and the merge lies between them. The second term tells more of the same, for on random words a head reads few of
+the directions that it reads on texts; it is all that there is of an expert that is asked by its features alone. The
+first term says whether the merge is too long.
 """
 
 from __future__ import annotations
@@ -15,19 +16,18 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from poemerge.checkpoints import ExpertSet, ShardFile, model_config
+from poemerge.checkpoints import ExpertSet, ShardFile
 from poemerge.checkpoints.safetensors_file import FLOATS, SafetensorsFile
 from poemerge.errors import PoemergeError
-from poemerge.merging.inputs import tokens_of
+from poemerge.merging.inputs import of_images, tokens_of
 from poemerge.merging.plan import Plan
-from poemerge.merging.predictor import Predictor, in_one_line, trained_head
+from poemerge.merging.predictor import Answer, Predictor, asked_by, in_one_line
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import processors, single_threaded
 
@@ -49,9 +49,6 @@ _TOKENS = 16
 
 _CHECKS = 8
 """Batches of inputs that judge the outcome and are not used on the way."""
-
-_READING = 0.1
-"""β: nats that a squared distance of 1 between two readings is worth; those of our own heads are unit vectors."""
 
 _SHORTEST = 1 / 32
 """A solved merge that is too long is halved for as long as that brings it nearer, down to this part of it."""
@@ -108,12 +105,12 @@ def why_not_asked(experts: ExpertSet, plan: Plan, steps: int, not_measured: Mapp
 
 def why_not_refined(experts: ExpertSet, plan: Plan) -> str | None:
     """Why a merge whose experts are asked takes no steps towards what they predict; None where it does."""
-    trained = sorted(name for name, own in plan.private.items() if trained_head(own))
+    trained = sorted(name for name, own in plan.private.items() if asked_by(own, experts.config) == "classifier")
     if trained:
         return (
             f"{trained[0]} has a classifier that was trained with it: nearer to such experts' predictions is no better"
         )
-    if {"image_size", "vision_config"} & set(model_config(experts.base.path)):
+    if of_images(experts.config):
         return "its inputs are images: nearer to the experts' predictions on random ones is no better"
     return None
 
@@ -142,7 +139,7 @@ def refine(
     float32 on the CPU, on 16 new random inputs of every expert at every step. What the merge added to them is first
     halved for as long as that lowers the divergence on other inputs, unless a coefficient was given. Where those say
     in the end that nothing was won, the merge stays as it was solved. `told(step)` is called after each step. Every
-    expert must have a head. Raises NetworkError where a network fails; the merge is then as it was solved.
+    expert must have been measured. Raises NetworkError where a network fails; the merge is then as it was solved.
     """
     why = why_not_refined(experts, plan)
     steps = 0 if why else steps
@@ -190,25 +187,27 @@ def mean_divergence(note: Mapping[str, Any]) -> tuple[float, float]:
     return sum(before) / len(before), sum(after) / len(after)
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """log p `[input, class]`, and what a head of our own read, `[input, hidden]`; float32."""
-
-    said: Tensor
-    read: Tensor | None
-
-
-def _divergence(expert: _Answer, merged: _Answer) -> Tensor:
-    """KL(p_i ‖ p_Θ), the mean over the inputs."""
-    return torch.nn.functional.kl_div(merged.said, expert.said, log_target=True, reduction="batchmean")
+def _divergence(expert: Answer, merged: Answer) -> Tensor:
+    """KL(p_i ‖ p_Θ) of what a head says, or of the features where no head is asked; the mean over the inputs."""
+    if expert.logits is None or merged.logits is None:
+        return _of_features(expert, merged)
+    said, now = torch.log_softmax(expert.logits, -1), torch.log_softmax(merged.logits, -1)
+    return torch.nn.functional.kl_div(now, said, log_target=True, reduction="batchmean")
 
 
-def _energy(expert: _Answer, merged: _Answer) -> Tensor:
-    """E_i: the divergence, and β times the squared distance of the readings."""
+def _of_features(expert: Answer, merged: Answer) -> Tensor:
+    """½‖V(h_i − h_Θ)‖², the mean over inputs and tokens."""
+    assert expert.features is not None
+    assert merged.features is not None
+    return 0.5 * (merged.features - expert.features).square().sum(-1).mean()
+
+
+def _energy(expert: Answer, merged: Answer) -> Tensor:
+    """E_i: the divergence of what the head says, and that of the features beside it."""
     divergence = _divergence(expert, merged)
-    if expert.read is None or merged.read is None:
+    if expert.logits is None or expert.features is None:
         return divergence
-    return divergence + _READING * (merged.read - expert.read).square().sum(-1).mean()
+    return divergence + _of_features(expert, merged)
 
 
 class _Panel:
@@ -220,12 +219,12 @@ class _Panel:
     def __init__(self, experts: ExpertSet, names: Sequence[str], weights: Mapping[str, Tensor], steps: int) -> None:
         self.parameters = {name: torch.nn.Parameter(value, requires_grad=False) for name, value in weights.items()}
         self._predictors: dict[str, Predictor] = {}
-        self._said: dict[str, list[_Answer]] = {}
+        self._said: dict[str, list[Answer]] = {}
         with _asking(), torch.no_grad():
             for name in names:
-                predictor = self._predictors[name] = Predictor(experts, name)
+                predictor = self._predictors[name] = Predictor(experts, name, features=steps > 0)
                 asked = islice(self._inputs(name), _CHECKS + steps)
-                self._said[name] = [self._answer(name, inputs) for inputs in asked]
+                self._said[name] = [predictor.answer(inputs) for inputs in asked]
                 predictor.adopt(self.parameters)
         self._asked = {name: islice(self._inputs(name), _CHECKS, None) for name in names}
 
@@ -235,18 +234,12 @@ class _Panel:
         while True:
             yield self._predictors[name].inputs.draw(_INPUTS, _TOKENS, generator)
 
-    def _answer(self, name: str, inputs: Mapping[str, Tensor]) -> _Answer:
-        predictor = self._predictors[name]
-        read = None if predictor.head is None else predictor.reading(inputs)
-        logits = predictor.logits(inputs) if read is None else predictor.under_head(read)
-        return _Answer(torch.log_softmax(logits, -1), read)
-
     def judge(self) -> dict[str, float]:
         """The divergence from every expert on the inputs that are used for nothing else."""
         with _asking(), torch.no_grad():
             return {
                 name: sum(
-                    float(_divergence(one, self._answer(name, inputs)))
+                    float(_divergence(one, self._predictors[name].answer(inputs)))
                     for inputs, one in zip(islice(self._inputs(name), _CHECKS), said, strict=False)
                 )
                 / _CHECKS
@@ -257,7 +250,7 @@ class _Panel:
         """Of the sum of its experts' energies on the inputs of step `number`, by parameter."""
         with _asking():
             for name, asked in self._asked.items():
-                energy = _energy(self._said[name][_CHECKS + number], self._answer(name, next(asked)))
+                energy = _energy(self._said[name][_CHECKS + number], self._predictors[name].answer(next(asked)))
                 torch.autograd.backward(energy)
         found = {name: one.grad for name, one in self.parameters.items() if one.grad is not None}
         for name in found:

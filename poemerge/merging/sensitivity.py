@@ -26,9 +26,10 @@ from poemerge.cache import cache_root
 from poemerge.checkpoints import Expert, ExpertSet, model_config, save_tensors
 from poemerge.checkpoints.safetensors_file import SafetensorsFile
 from poemerge.errors import PoemergeError
+from poemerge.merging.features import why_no_features
 from poemerge.merging.identity import identity_of
-from poemerge.merging.inputs import tokens_of
-from poemerge.merging.predictor import Predictor, in_one_line, other_task, predicts, trained_head
+from poemerge.merging.inputs import of_images, tokens_of
+from poemerge.merging.predictor import Predictor, asked_by, in_one_line, other_task
 from poemerge.merging.stream import processors, single_threaded
 
 if TYPE_CHECKING:
@@ -96,23 +97,21 @@ def why_not(experts: ExpertSet, max_memory: int) -> dict[str, str]:
         reason = f"the model would take {size * _ROOM:,} bytes of merge.max_memory, which is {max_memory:,}"
     elif not config.get("model_type"):
         reason = "the base's config.json names no model_type"
-    elif not {"vocab_size", "image_size", "vision_config"} & set(config):
+    elif "vocab_size" not in config and not of_images(config):
         reason = f"no inputs are known for a model of type {config['model_type']}"
     else:
-        reasons = {name: _no_answer(one) for name, one in experts.experts.items()}
+        reasons = {name: _no_answer(one, config) for name, one in experts.experts.items()}
         return {name: reason for name, reason in reasons.items() if reason is not None}
     return dict.fromkeys(experts.experts, reason)
 
 
-def _no_answer(expert: Expert) -> str | None:
-    """Why this expert does not say one class for an input; None where it does, or nothing is known of it but a head."""
-    private = set(expert.private_names())
-    if not predicts(private):
-        return "it has no head of its own"
-    other = other_task(expert)
-    if other is not None and trained_head(private):
-        return f"{other} does not say one class for an input"
-    return None
+def _no_answer(expert: Expert, config: Mapping[str, Any]) -> str | None:
+    """Why this expert, of a base with this config.json, cannot be asked; None where nothing is known against it."""
+    asked = asked_by(expert.private_names(), config)
+    if asked is None:
+        return why_no_features(config)
+    other = other_task(expert) if asked == "classifier" else None
+    return None if other is None else f"{other} does not say one class for an input"
 
 
 def measuring_flops(experts: ExpertSet, plan: Plan) -> float:
@@ -195,7 +194,7 @@ def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
 
     256 inputs of 32 random tokens (heaps of leaves in place of an image) go through the expert in float32 on one
     thread of the CPU. At its logits the gradient is drawn from N(0, diag p − p pᵀ), the Fisher matrix of its prediction
-    p.
+    p; asked by its features it is drawn from N(0, I).
     Raises what `Predictor` raises, ValueError where no linear layer is a matrix of the base.
     """
     log.info("%s: measuring what its predictions are sensitive to", name)
@@ -212,8 +211,11 @@ def measure(experts: ExpertSet, name: str) -> dict[str, Tensor]:
         hooks.append(embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_()))
         try:
             for _ in range(_INPUTS // _BATCH):
-                logits = predictor.logits(predictor.inputs.draw(_BATCH, _TOKENS, generator))
-                torch.autograd.backward(logits, _fisher_draw(logits.detach(), generator))
+                said = predictor.answer(predictor.inputs.draw(_BATCH, _TOKENS, generator))
+                if said.logits is not None:
+                    torch.autograd.backward(said.logits, _fisher_draw(said.logits.detach(), generator))
+                elif said.features is not None:
+                    torch.autograd.backward(said.features, _signs(said.features.shape, generator))
         finally:
             for hook in hooks:
                 hook.remove()
