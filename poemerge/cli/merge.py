@@ -70,7 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--sensitivity",
         choices=("auto", "off"),
-        help="auto (default): measure what experts that hold a head mind, by random inputs; off: do not",
+        help="auto (default): measure what experts that can be asked mind, by random inputs; off: do not",
     )
     parser.add_argument(
         "--refinement-steps",

@@ -18,11 +18,11 @@ from torch import Tensor
 from poemerge.checkpoints import Adapter, Expert, ExpertSet, model_config
 from poemerge.checkpoints.names import classes_of, match_names
 from poemerge.merging.features import moved_directions, why_no_features
-from poemerge.merging.inputs import RandomInputs, of_images
+from poemerge.merging.inputs import RandomInputs, of_images, tokens_of
 from poemerge.numerics.precision import full_precision
 from poemerge.quiet import quiet_loading
 
-__all__ = ["Answer", "Predictor", "asked_by", "in_one_line", "other_task", "predicts"]
+__all__ = ["Answer", "Predictor", "asked_by", "features_tokens", "in_one_line", "other_task", "predicts"]
 
 _CLASSIFIERS = ("classifier", "score")
 """What transformers calls the classifier of its own task models."""
@@ -46,6 +46,11 @@ _TOKENS = 32
 
 _loading = threading.Lock()
 """transformers changes settings of the whole process while it loads a model."""
+
+
+def features_tokens(config: Mapping[str, Any]) -> int:
+    """How many tokens go through a network to find which features an expert moved: as the base's, and as its own."""
+    return 2 * _INPUTS * tokens_of(config, _TOKENS)
 
 
 def predicts(private: Collection[str]) -> bool:

@@ -27,7 +27,7 @@ from poemerge.checkpoints.safetensors_file import FLOATS, SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.inputs import of_images, tokens_of
 from poemerge.merging.plan import Plan
-from poemerge.merging.predictor import Answer, Predictor, asked_by, in_one_line
+from poemerge.merging.predictor import Answer, Predictor, asked_by, features_tokens, in_one_line
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import processors, single_threaded
 
@@ -125,8 +125,9 @@ def refinement_flops(experts: ExpertSet, plan: Plan, steps: int) -> float:
     backward."""
     weights = sum(p.entries for p in plan.parameters if p.minded)
     passes = 6.0 * steps + 2.0 * (steps + 4 * _CHECKS)
-    tokens = tokens_of(experts.config, _TOKENS)
-    return passes * weights * len(experts.experts) * _INPUTS * tokens
+    tokens = _INPUTS * tokens_of(experts.config, _TOKENS)
+    features = 2.0 * features_tokens(experts.config) if steps else 0.0
+    return weights * len(experts.experts) * (passes * tokens + features)
 
 
 def refine(

@@ -29,7 +29,7 @@ from poemerge.errors import PoemergeError
 from poemerge.merging.features import why_no_features
 from poemerge.merging.identity import identity_of
 from poemerge.merging.inputs import of_images, tokens_of
-from poemerge.merging.predictor import Predictor, asked_by, in_one_line, other_task
+from poemerge.merging.predictor import Predictor, asked_by, features_tokens, in_one_line, other_task
 from poemerge.merging.stream import processors, single_threaded
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ __all__ = ["Sensitivities", "columns", "gather", "measure", "measuring_flops", "
 
 log = logging.getLogger(__name__)
 
-_VERSION = 6
+_VERSION = 7
 """Raised when the measurement changes: what is kept of earlier ones is then measured again."""
 
 _INPUTS = 256
@@ -116,13 +116,16 @@ def _no_answer(expert: Expert, config: Mapping[str, Any]) -> str | None:
 
 def measuring_flops(experts: ExpertSet, plan: Plan) -> float:
     """Floating-point operations of measuring the experts that no earlier merge has measured: 2 a weight and token
-    forward, 2 back to the activations, and the products of the gradients."""
+    forward, 2 back to the activations, the products of the gradients, and of finding the features that were moved."""
     minded = [one for one in plan.parameters if one.minded]
     if not minded:
         return 0.0
-    missing = sum(name not in plan.not_measured and not _kept(experts, name).is_file() for name in experts.experts)
-    weights = sum(4.0 * one.entries + 2.0 * one.outputs * columns(one.outputs) for one in minded)
-    return missing * _INPUTS * tokens_of(experts.config, _TOKENS) * weights
+    missing = [name for name in experts.experts if name not in plan.not_measured and not _kept(experts, name).is_file()]
+    by_features = sum(asked_by(plan.private[name], experts.config) == "features" for name in missing)
+    entries = sum(one.entries for one in minded)
+    gradients = 4.0 * entries + sum(2.0 * one.outputs * columns(one.outputs) for one in minded)
+    measured = len(missing) * _INPUTS * tokens_of(experts.config, _TOKENS) * gradients
+    return measured + by_features * features_tokens(experts.config) * 2.0 * entries
 
 
 def gather(experts: ExpertSet, not_measured: Mapping[str, str], folder: Path) -> dict[str, str]:
