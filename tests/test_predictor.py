@@ -173,3 +173,24 @@ def test_inputs_are_of_the_tokens_that_an_expert_met(tmp_path: Path) -> None:
     predictor = Predictor(ExpertSet.open(base, {"one": one}), "one")
     drawn = predictor.inputs.draw(50, 10, torch.Generator().manual_seed(0))["input_ids"]
     assert set(drawn[:, 1:-1].unique().tolist()) == {30, 31, 32}
+
+
+def test_beside_a_head_features_are_worth_what_the_head_says_was_moved(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    one = make_full_expert(base, tmp_path / "one", seed=1, size=0.08)
+    predictor = Predictor(ExpertSet.open(base, {"one": one}), "one", features=True)
+    inputs = predictor.inputs.draw(500, 32, torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        own = predictor.answer(inputs)
+        weights = load_file(base / "model.safetensors")
+        predictor.adopt({name: torch.nn.Parameter(value) for name, value in weights.items()})
+        was = predictor.answer(inputs)
+    assert own.logits is not None
+    assert was.logits is not None
+    assert own.features is not None
+    assert was.features is not None
+    said, before = torch.log_softmax(own.logits, -1), torch.log_softmax(was.logits, -1)
+    moved = float((said.exp() * (said - before)).sum(-1).mean())
+    assert moved > 0
+    assert 0.5 * float((own.features - was.features).square().sum(-1).mean()) == pytest.approx(moved, rel=0.2)
+    assert Predictor(ExpertSet.open(base, {"one": one}), "one").directions is None

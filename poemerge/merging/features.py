@@ -40,12 +40,13 @@ def why_no_features(config: Mapping[str, Any]) -> str | None:
 
 
 def moved_directions(
-    before: Float[Tensor, "*row hidden"], after: Float[Tensor, "*row hidden"]
+    before: Float[Tensor, "*row hidden"], after: Float[Tensor, "*row hidden"], divergence: float = 1.0
 ) -> Float[Tensor, "direction hidden"]:
-    """V with VᵀV ∝ Cov(h_i − h_0), cut to its 64 largest directions, the mean of ½‖V(h_i − h_0)‖² being 1.
+    """V with VᵀV ∝ Cov(h_i − h_0), cut to its 64 largest directions.
 
-    `before` and `after` are the features of the base and of the expert on the same inputs, float32. What moved all
-    inputs alike tells no class from another, and counts for nothing. Raises ValueError where no more than that and
+    `before` and `after` are the features of the base and of the expert on the same inputs, float32; V is so long that
+    the mean of ½‖V(h_i − h_0)‖² is the `divergence`, in nats. What moved all inputs alike tells no class from another,
+    and has no direction. Raises ValueError where no more than that and
     rounding was moved.
     """
     movement = (after - before).flatten(0, -2)
@@ -56,5 +57,5 @@ def moved_directions(
     size, directions = size[-_DIRECTIONS:].clamp_min(0), directions[:, -_DIRECTIONS:]
     found = (size.sqrt() * directions).mT
     told = float((movement.double() @ found.mT).square().sum(-1).mean())
-    whole: Tensor = found * (2 / told) ** 0.5
+    whole: Tensor = found * (2 * divergence / told) ** 0.5
     return whole.float()

@@ -121,8 +121,9 @@ class Predictor:
                 if name in experts.touching(own):
                     parameters[theirs].add_(experts.delta(name, own))
         if before is not None:
+            after = self._features()
             with suppress(ValueError) if beside else nullcontext():
-                self.directions = moved_directions(before, self._features())
+                self.directions = moved_directions(before, after, self._moved(before, after) if beside else 1.0)
 
     @torch.no_grad()
     def _features(self) -> Tensor:
@@ -130,6 +131,12 @@ class Predictor:
         generator = torch.Generator().manual_seed(1)
         asked = [self.inputs.draw(_BATCH, _TOKENS, generator) for _ in range(_INPUTS // _BATCH)]
         return torch.cat([self.model(**inputs).last_hidden_state.float() for inputs in asked])
+
+    def _moved(self, before: Tensor, after: Tensor) -> float:
+        """KL(p_i ‖ p_0) in nats: how far the expert moved what its own head says of the features, which says how much
+        they are worth beside it."""
+        was, now = (torch.log_softmax(self._under_head(_mean(one)), -1) for one in (before, after))
+        return float(torch.nn.functional.kl_div(was, now, log_target=True, reduction="batchmean").clamp_min(0))
 
     def _tokens_moved(self, name: str) -> Tensor | None:
         """‖δ‖ `[token]` of what the expert did to the embeddings of its inputs; None where it left them alone."""
@@ -188,7 +195,11 @@ def _pooled(out: Any, image: bool) -> Tensor:
     if hasattr(out, "image_embeds"):
         return torch.nn.functional.normalize(out.image_embeds.float(), dim=-1)
     states: Tensor = out.last_hidden_state.float()
-    return states[:, 0] if image else torch.nn.functional.normalize(states.mean(1), dim=-1)
+    return states[:, 0] if image else _mean(states)
+
+
+def _mean(states: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(states.mean(1), dim=-1)
 
 
 def _encoder(experts: ExpertSet) -> Any:
