@@ -86,11 +86,13 @@ def in_one_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a network makes of inputs: a head's `logits` `[input, class]`, and V h of its `features` `[input, token,
-    direction]`; float32, and None for what the expert is not asked by."""
+    """What a network makes of inputs: a head's `logits` `[input, class]`, the unit vector `[input, hidden]` that a head
+    of our own has a `reading` of, and V h of its `features` `[input, token, direction]`; float32, and None for what the
+    expert is not asked by."""
 
-    logits: Tensor | None
-    features: Tensor | None
+    logits: Tensor | None = None
+    reading: Tensor | None = None
+    features: Tensor | None = None
 
 
 class Predictor:
@@ -161,8 +163,9 @@ class Predictor:
         out = self.model(**inputs)
         features = None if self.directions is None else out.last_hidden_state.float() @ self.directions.mT
         if self._asked == "head":
-            return Answer(self._under_head(_pooled(out, "pixel_values" in inputs)), features)
-        return Answer(out.logits.float() if self._asked == "classifier" else None, features)
+            reading = _pooled(out, "pixel_values" in inputs)
+            return Answer(self._under_head(reading), reading, features)
+        return Answer(out.logits.float()) if self._asked == "classifier" else Answer(features=features)
 
     def _under_head(self, reading: Tensor) -> Tensor:
         assert self.head is not None

@@ -1,11 +1,11 @@
 """From the solved merge downhill on what it costs each expert's predictions: the energy that the solver expands.
 
-E_i(Θ) = E_x [KL(p_i(·|x) ‖ p_Θ(·|x)) + ½‖V_i(h_i(x) − h_Θ(x))‖²] over random inputs x, p being what the expert's head
-says and V_i h what it moved of the features (poemerge.merging.features). Σ_i E_i is the product's energy before
-anything is approximated: the solver's Kronecker precisions are the divergence's second derivatives where an expert
-lies, and the merge lies between them. The second term tells more of the same, for on random words a head reads few of
-the directions that it reads on texts; it is all that there is of an expert that is asked by its features alone. The
-first term says whether the merge is too long.
+E_i(Θ) = E_x [KL(p_i(·|x) ‖ p_Θ(·|x)) + ½‖V_i(h_i(x) − h_Θ(x))‖² + β‖r_i(x) − r_Θ(x)‖²] over random inputs x, p being
+what the expert's head says, V_i h what it moved of the features (poemerge.merging.features) and r what the head reads.
+Σ_i E_i is the product's energy before anything is approximated: the solver's Kronecker precisions are the divergence's
+second derivatives where an expert lies, and the merge lies between them. The other terms tell more of the same, for on
+random words a head tells apart few of the directions that it does on texts; of an expert that is asked by its features
+alone there is nothing but the second. The divergence alone says whether the merge is too long.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ _TOKENS = 16
 
 _CHECKS = 8
 """Batches of inputs that judge the outcome and are not used on the way."""
+
+_READING = 0.1
+"""β: nats that a squared distance of 1 between two readings is worth; those of our own heads are unit vectors."""
 
 _SHORTEST = 1 / 32
 """A solved merge that is too long is halved for as long as that brings it nearer, down to this part of it."""
@@ -204,11 +207,13 @@ def _of_features(expert: Answer, merged: Answer) -> Tensor:
 
 
 def _energy(expert: Answer, merged: Answer) -> Tensor:
-    """E_i: the divergence of what the head says, and that of the features beside it."""
-    divergence = _divergence(expert, merged)
-    if expert.logits is None or expert.features is None:
-        return divergence
-    return divergence + _of_features(expert, merged)
+    """E_i: the divergence of what the head says, and beside it that of the features, and β of what the head reads."""
+    energy = _divergence(expert, merged)
+    if expert.logits is not None and expert.features is not None:
+        energy = energy + _of_features(expert, merged)
+    if expert.reading is not None and merged.reading is not None:
+        energy = energy + _READING * (merged.reading - expert.reading).square().sum(-1).mean()
+    return energy
 
 
 class _Panel:
