@@ -42,7 +42,7 @@ _LOADED: dict[str, Any] = {
 _INPUTS = 256
 _BATCH = 32
 _TOKENS = 32
-"""Texts that say which features an expert without a head moved, how many of them at once, and their length."""
+"""Texts that say which features an expert moved, how many of them at once, and their length."""
 
 _loading = threading.Lock()
 """transformers changes settings of the whole process while it loads a model."""
