@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from poemerge.checkpoints import ExpertSet
 from poemerge.merging import merge
-from poemerge.merging.predictor import Predictor, predicts
+from poemerge.merging.predictor import Answer, Predictor, divergence, predicts
 from poemerge.merging.sensitivity import measure, why_not
 from poemerge.params import MergeParams
 from tests.tiny import make_base, make_full_expert
@@ -57,16 +57,21 @@ def _llama(folder: Path) -> Any:
     return _moved(LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=3, pad_token_id=0))
 
 
-@pytest.mark.parametrize("make", [_vit, _llama])
-def test_a_classifier_of_transformers_predicts_what_it_predicts(make: Any, tmp_path: Path) -> None:
+def _asked(make: Any, folder: Path) -> tuple[Any, ExpertSet, Predictor, dict[str, torch.Tensor], Answer]:
+    """transformers' own expert, the set with it alone, its predictor, and what that answers to some inputs."""
     torch.manual_seed(0)
-    expert = make(tmp_path)
-    expert.save_pretrained(tmp_path / "expert")
-    experts = ExpertSet.open(tmp_path / "base", {"expert": tmp_path / "expert"})
+    expert = make(folder)
+    expert.save_pretrained(folder / "expert")
+    experts = ExpertSet.open(folder / "base", {"expert": folder / "expert"})
     assert why_not(experts, 1 << 30) == {}
     predictor = Predictor(experts, "expert")
     inputs = predictor.inputs.draw(32, 32, torch.Generator().manual_seed(4))
-    found = predictor.answer(inputs)
+    return expert, experts, predictor, inputs, predictor.answer(inputs)
+
+
+@pytest.mark.parametrize("make", [_vit, _llama])
+def test_a_classifier_of_transformers_predicts_what_it_predicts(make: Any, tmp_path: Path) -> None:
+    expert, experts, _, inputs, found = _asked(make, tmp_path)
     with torch.no_grad():
         expected = expert(**inputs).logits
     torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-5)
@@ -78,15 +83,8 @@ def test_a_classifier_of_transformers_predicts_what_it_predicts(make: Any, tmp_p
 
 @pytest.mark.parametrize("make", [_bert, _roberta])
 def test_an_encoder_of_texts_is_asked_by_its_features_whatever_its_classifier_reads(make: Any, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    expert = make(tmp_path)
-    expert.save_pretrained(tmp_path / "expert")
-    experts = ExpertSet.open(tmp_path / "base", {"expert": tmp_path / "expert"})
-    assert why_not(experts, 1 << 30) == {}
-    predictor = Predictor(experts, "expert")
+    expert, experts, predictor, inputs, found = _asked(make, tmp_path)
     assert predictor.directions is not None
-    inputs = predictor.inputs.draw(32, 32, torch.Generator().manual_seed(4))
-    found = predictor.answer(inputs)
     with torch.no_grad():
         expected = expert.base_model(**inputs).last_hidden_state @ predictor.directions.T
     assert found.logits is None
@@ -191,6 +189,7 @@ def test_beside_a_head_features_are_worth_what_the_head_says_was_moved(tmp_path:
     assert was.features is not None
     said, before = torch.log_softmax(own.logits, -1), torch.log_softmax(was.logits, -1)
     moved = float((said.exp() * (said - before)).sum(-1).mean())
+    torch.testing.assert_close(float(divergence(own.logits, was.logits)), moved, rtol=1e-4, atol=0)
     assert moved > 0
     assert 0.5 * float((own.features - was.features).square().sum(-1).mean()) == pytest.approx(moved, rel=0.2)
     assert Predictor(ExpertSet.open(base, {"one": one}), "one").directions is None

@@ -22,7 +22,7 @@ from poemerge.merging.inputs import RandomInputs, of_images, tokens_of
 from poemerge.numerics.precision import full_precision
 from poemerge.quiet import quiet_loading
 
-__all__ = ["Answer", "Predictor", "asked_by", "features_tokens", "in_one_line", "other_task", "predicts"]
+__all__ = ["Answer", "Predictor", "asked_by", "divergence", "features_tokens", "in_one_line", "other_task", "predicts"]
 
 _CLASSIFIERS = ("classifier", "score")
 """What transformers calls the classifier of its own task models."""
@@ -84,6 +84,12 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error) or 'nothing said').splitlines()[0]}"
 
 
+def divergence(expert: Tensor, other: Tensor) -> Tensor:
+    """KL(p_i ‖ p) in nats of logits `[input, class]`, the expert's and another network's; the mean over the inputs."""
+    said, now = torch.log_softmax(expert, -1), torch.log_softmax(other, -1)
+    return torch.nn.functional.kl_div(now, said, log_target=True, reduction="batchmean")
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a network makes of inputs: a head's `logits` `[input, class]`, the unit vector `[input, hidden]` that a head
@@ -137,8 +143,8 @@ class Predictor:
     def _moved(self, before: Tensor, after: Tensor) -> float:
         """KL(p_i ‖ p_0) in nats: how far the expert moved what its own head says of the features, which says how much
         they are worth beside it."""
-        was, now = (torch.log_softmax(self._under_head(_mean(one)), -1) for one in (before, after))
-        return float(torch.nn.functional.kl_div(was, now, log_target=True, reduction="batchmean").clamp_min(0))
+        was, now = (self._under_head(_mean(one)) for one in (before, after))
+        return float(divergence(now, was).clamp_min(0))
 
     def _tokens_moved(self, name: str) -> Tensor | None:
         """‖δ‖ `[token]` of what the expert did to the embeddings of its inputs; None where it left them alone."""

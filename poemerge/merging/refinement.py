@@ -27,7 +27,7 @@ from poemerge.checkpoints.safetensors_file import FLOATS, SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.inputs import of_images, tokens_of
 from poemerge.merging.plan import Plan
-from poemerge.merging.predictor import Answer, Predictor, asked_by, features_tokens, in_one_line
+from poemerge.merging.predictor import Answer, Predictor, asked_by, divergence, features_tokens, in_one_line
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import processors, single_threaded
 
@@ -195,8 +195,7 @@ def _divergence(expert: Answer, merged: Answer) -> Tensor:
     """KL(p_i ‖ p_Θ) of what a head says, or of the features where no head is asked; the mean over the inputs."""
     if expert.logits is None or merged.logits is None:
         return _of_features(expert, merged)
-    said, now = torch.log_softmax(expert.logits, -1), torch.log_softmax(merged.logits, -1)
-    return torch.nn.functional.kl_div(now, said, log_target=True, reduction="batchmean")
+    return divergence(expert.logits, merged.logits)
 
 
 def _of_features(expert: Answer, merged: Answer) -> Tensor:

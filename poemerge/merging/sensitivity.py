@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from poemerge.cache import cache_root
-from poemerge.checkpoints import Expert, ExpertSet, model_config, save_tensors
+from poemerge.checkpoints import Expert, ExpertSet, save_tensors
 from poemerge.checkpoints.safetensors_file import SafetensorsFile
 from poemerge.errors import PoemergeError
 from poemerge.merging.features import why_no_features
@@ -92,7 +92,7 @@ def why_not(experts: ExpertSet, max_memory: int) -> dict[str, str]:
     if "://" in str(experts.base.path):
         return dict.fromkeys(experts.experts, "the base is not on this machine")
     size = sum(experts.base.nbytes(n) // experts.base.dtype(n).itemsize * 4 for n in experts.base.names())
-    config = model_config(experts.base.path)
+    config = experts.config
     if size * _ROOM > max_memory:
         reason = f"the model would take {size * _ROOM:,} bytes of merge.max_memory, which is {max_memory:,}"
     elif not config.get("model_type"):
