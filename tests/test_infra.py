@@ -280,7 +280,8 @@ def test_the_pipeline_runs_on_them(stack: Stack, team: Project, monkeypatch: pyt
 
     client = MlflowClient(stack.client_environment()["MLFLOW_TRACKING_URI"])
     version = client.get_model_version_by_alias("tiny", "candidate")
-    assert str(version.version) == "1"
+    told = [(str(each.version), each.run_id, each.tags) for each in client.search_model_versions("name = 'tiny'")]
+    assert (str(version.version), len(told)) == ("1", 1), told
     assert client.get_run(version.run_id).info.status == "FINISHED"
     import boto3
 

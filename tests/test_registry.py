@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -170,6 +171,25 @@ def test_two_that_register_the_same_digest_end_with_one_version(
     assert len(seen) == 2
     assert first.version == second.version == "1"
     assert [version.version for version in list_versions(client, "tiny")] == ["1"]
+
+
+def test_a_version_that_mlflow_was_asked_for_twice_is_there_once_with_its_run(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's client sends a request again whose answer was lost, though the server may have done what it asked."""
+    create = MlflowClient.create_model_version
+
+    def sent_again(client: MlflowClient, *args: Any, **settings: Any) -> Any:
+        create(client, *args, **settings)
+        return create(client, *args, **settings)
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", sent_again)
+    client = connect(project)
+    version, created = record(client, project, project.load_params())
+    assert created
+    assert [(each.version, each.aliases) for each in list_versions(client, "tiny")] == [("1", ("candidate",))]
+    run = client.get_run(version.run_id).info
+    assert (run.status, run.lifecycle_stage) == ("FINISHED", "active")
 
 
 def test_versions_are_found_by_number_alias_and_digest(project: Project) -> None:

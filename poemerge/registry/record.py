@@ -107,7 +107,7 @@ def _create(client: MlflowClient, merge: _Merge) -> Version:
         _log_files(client, run_id, merge)
         _log_scores(client, run_id, merge)
         info = _log_model(merge, run_id)
-        made = client.create_model_version(
+        client.create_model_version(
             model,
             source=info.model_uri,
             run_id=run_id,
@@ -119,17 +119,20 @@ def _create(client: MlflowClient, merge: _Merge) -> Version:
     except BaseException:
         client.set_terminated(run_id, "FAILED")
         raise
-    return _first_of(client, model, str(made.version), document["identity"], run_id)
+    return _first_of(client, model, document["identity"], run_id)
 
 
-def _first_of(client: MlflowClient, model: str, mine: str, identity: str, run_id: str) -> Version:
-    """`mine`, unless another process registered the same digest at the same time and was first: then that one alone
-    stays.
+def _first_of(client: MlflowClient, model: str, identity: str, run_id: str) -> Version:
+    """The first version of this identity, which alone stays of those that the run `run_id` made.
+
+    Another process may have registered the same bytes at the same time; and one call of ours may have made several
+    versions, for MLflow's client sends a request again whose answer was lost on the way.
     """
-    same = list_versions(client, model, f"tags.`poemerge.identity` = '{identity}'")
-    first = same[-1]
-    if first.version != mine:
-        client.delete_model_version(model, mine)
+    *others, first = list_versions(client, model, f"tags.`poemerge.identity` = '{identity}'")
+    for other in others:
+        if other.run_id == run_id:
+            client.delete_model_version(model, other.version)
+    if first.run_id != run_id:
         client.delete_run(run_id)
     return first
 
