@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from poemerge.checkpoints import ExpertSet
-from poemerge.merging import MergeResult, matrices, merge, refinement, staging
+from poemerge.merging import MergeResult, matrices, merge, panel, refinement, staging
 from poemerge.merging.predictor import Answer, Predictor
 from poemerge.merging.staging import Staging
 from poemerge.params import MergeParams
@@ -151,13 +151,13 @@ def test_what_wins_nothing_is_taken_back(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solved = _merge(models, tmp_path / "solved", refinement_steps=0)
-    plain, calls = refinement._Panel.judge, []
+    plain, calls = panel.Panel.judge, []
 
-    def harsh(panel: Any) -> dict[str, float]:
-        calls.append(panel)
-        return {name: value * len(calls) ** 4 for name, value in plain(panel).items()}
+    def harsh(one: Any) -> dict[str, float]:
+        calls.append(one)
+        return {name: value * len(calls) ** 4 for name, value in plain(one).items()}
 
-    monkeypatch.setattr(refinement._Panel, "judge", harsh)
+    monkeypatch.setattr(panel.Panel, "judge", harsh)
     again = _merge(models, tmp_path / "again")
     assert again.record["refinement"]["kept"] is False
     assert again.record["digest"] == solved.record["digest"]
@@ -169,7 +169,7 @@ def test_a_network_that_fails_costs_the_refinement_alone(
 ) -> None:
     solved = _merge(models, tmp_path / "solved", refinement_steps=0)
     plain, calls = getattr(Predictor, fails), []
-    before = len(NAMES) * (2 * refinement._CHECKS + STEPS)  # the experts' own answers, and the solved merge's
+    before = len(NAMES) * (2 * panel.CHECKS + STEPS)  # the experts' own answers, and the solved merge's
 
     def failing(*given: Any) -> Any:
         calls.append(given)

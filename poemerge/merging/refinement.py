@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -24,15 +21,14 @@ from torch import Tensor
 
 from poemerge.checkpoints import ExpertSet, ShardFile
 from poemerge.checkpoints.safetensors_file import FLOATS, SafetensorsFile
-from poemerge.errors import PoemergeError
 from poemerge.merging.inputs import of_images, tokens_of
+from poemerge.merging.panel import CHECKS, INPUTS, TOKENS, Panel
 from poemerge.merging.plan import Plan
-from poemerge.merging.predictor import Answer, Predictor, asked_by, divergence, features_tokens, in_one_line
+from poemerge.merging.predictor import asked_by, features_tokens
 from poemerge.merging.staging import Staging
 from poemerge.merging.stream import processors, single_threaded
 
 __all__ = [
-    "NetworkError",
     "mean_divergence",
     "refine",
     "refinement_flops",
@@ -42,16 +38,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-_INPUTS = 16
-_TOKENS = 16
-"""Inputs of an expert in a step, and tokens of a text: so few random words do not yet add up to the same each time."""
-
-_CHECKS = 8
-"""Batches of inputs that judge the outcome and are not used on the way."""
-
-_READING = 0.1
-"""β: nats that a squared distance of 1 between two readings is worth; those of our own heads are unit vectors."""
 
 _SHORTEST = 1 / 32
 """A solved merge that is too long is halved for as long as that brings it nearer, down to this part of it."""
@@ -68,26 +54,9 @@ _QUIET = 1e-3
 _PANELS = 2
 """The experts' gradients are added up in so many sums, whatever the number of processors: the digest is the same."""
 
-
 _ROOM = 9
 """The weights as solved and refined, two panels' gradients, Adam's two averages, two models while they are asked, and
 activations take at most so many times the size of a model in float32."""
-
-
-class NetworkError(Exception):
-    """A network failed while it was asked: transformers or torch could not do with it what measuring did not need."""
-
-
-@contextmanager
-def _asking() -> Iterator[None]:
-    """One torch thread, and NetworkError for whatever a network raises."""
-    with single_threaded():
-        try:
-            yield
-        except PoemergeError:
-            raise
-        except Exception as error:
-            raise NetworkError(in_one_line(error)) from error
 
 
 def why_not_asked(experts: ExpertSet, plan: Plan, steps: int, not_measured: Mapping[str, str]) -> str | None:
@@ -127,8 +96,8 @@ def refinement_flops(experts: ExpertSet, plan: Plan, steps: int) -> float:
     """Floating-point operations of asking the experts and of refining by `steps`: 2 a weight and token forward, 4
     backward."""
     weights = sum(p.entries for p in plan.parameters if p.minded)
-    passes = 6.0 * steps + 2.0 * (steps + 4 * _CHECKS)
-    tokens = _INPUTS * tokens_of(experts.config, _TOKENS)
+    passes = 6.0 * steps + 2.0 * (steps + 4 * CHECKS)
+    tokens = INPUTS * tokens_of(experts.config, TOKENS)
     features = 2.0 * features_tokens(experts.config) if steps else 0.0
     return weights * len(experts.experts) * (passes * tokens + features)
 
@@ -156,15 +125,15 @@ def refine(
     names = sorted(experts.experts)
     with single_threaded(), ThreadPoolExecutor(min(processors(), _PANELS)) as pool:
         parts = [names[first::_PANELS] for first in range(min(_PANELS, len(names)))]
-        panels = list(pool.map(lambda own: _Panel(experts, own, weights, steps), parts))
-        before = _merged(pool.map(_Panel.judge, panels))
+        panels = list(pool.map(lambda own: Panel(experts, own, weights, steps), parts))
+        before = _merged(pool.map(Panel.judge, panels))
         solved = {name: weights[name].clone() for name in reach}
         multiple = 1.0
         if not any(p.settings and p.settings.coefficient is not None for p in plan.parameters if p.minded):
             multiple = _halve(pool, panels, experts, weights, solved, sum(before.values()))
         if steps:
             _descend(pool, panels, {name: multiple * size for name, size in reach.items() if size > 0}, steps, told)
-        after = _merged(pool.map(_Panel.judge, panels)) if steps or multiple < 1 else before
+        after = _merged(pool.map(Panel.judge, panels)) if steps or multiple < 1 else before
     kept = sum(after.values()) < sum(before.values())
     moved = {name: _distance(weights[name], value, reach[name]) for name, value in solved.items() if kept}
     moved = {name: distance for name, distance in moved.items() if distance > 0}
@@ -191,81 +160,9 @@ def mean_divergence(note: Mapping[str, Any]) -> tuple[float, float]:
     return sum(before) / len(before), sum(after) / len(after)
 
 
-def _divergence(expert: Answer, merged: Answer) -> Tensor:
-    """KL(p_i ‖ p_Θ) of what a head says, or of the features where no head is asked; the mean over the inputs."""
-    if expert.logits is None or merged.logits is None:
-        return _of_features(expert, merged)
-    return divergence(expert.logits, merged.logits)
-
-
-def _of_features(expert: Answer, merged: Answer) -> Tensor:
-    """½‖V(h_i − h_Θ)‖², the mean over inputs and tokens."""
-    assert expert.features is not None
-    assert merged.features is not None
-    return 0.5 * (merged.features - expert.features).square().sum(-1).mean()
-
-
-def _energy(expert: Answer, merged: Answer) -> Tensor:
-    """E_i: the divergence of what the head says, and beside it that of the features, and β of what the head reads."""
-    energy = _divergence(expert, merged)
-    if expert.logits is not None and expert.features is not None:
-        energy = energy + _of_features(expert, merged)
-    if expert.reading is not None and merged.reading is not None:
-        energy = energy + _READING * (merged.reading - expert.reading).square().sum(-1).mean()
-    return energy
-
-
-class _Panel:
-    """Some of the experts, asked: what each said as itself, and its network, which now holds the merged weights.
-
-    `parameters` share the memory of the merged `weights` and have gradients of their own.
-    """
-
-    def __init__(self, experts: ExpertSet, names: Sequence[str], weights: Mapping[str, Tensor], steps: int) -> None:
-        self.parameters = {name: torch.nn.Parameter(value, requires_grad=False) for name, value in weights.items()}
-        self._predictors: dict[str, Predictor] = {}
-        self._said: dict[str, list[Answer]] = {}
-        with _asking(), torch.no_grad():
-            for name in names:
-                predictor = self._predictors[name] = Predictor(experts, name, features=steps > 0)
-                asked = islice(self._inputs(name), _CHECKS + steps)
-                self._said[name] = [predictor.answer(inputs) for inputs in asked]
-                predictor.adopt(self.parameters)
-        self._asked = {name: islice(self._inputs(name), _CHECKS, None) for name in names}
-
-    def _inputs(self, name: str) -> Iterator[dict[str, Tensor]]:
-        """The same for the same expert whenever they are drawn."""
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        while True:
-            yield self._predictors[name].inputs.draw(_INPUTS, _TOKENS, generator)
-
-    def judge(self) -> dict[str, float]:
-        """The divergence from every expert on the inputs that are used for nothing else."""
-        with _asking(), torch.no_grad():
-            return {
-                name: sum(
-                    float(_divergence(one, self._predictors[name].answer(inputs)))
-                    for inputs, one in zip(islice(self._inputs(name), _CHECKS), said, strict=False)
-                )
-                / _CHECKS
-                for name, said in self._said.items()
-            }
-
-    def gradients(self, number: int) -> dict[str, Tensor]:
-        """Of the sum of its experts' energies on the inputs of step `number`, by parameter."""
-        with _asking():
-            for name, asked in self._asked.items():
-                energy = _energy(self._said[name][_CHECKS + number], self._predictors[name].answer(next(asked)))
-                torch.autograd.backward(energy)
-        found = {name: one.grad for name, one in self.parameters.items() if one.grad is not None}
-        for name in found:
-            self.parameters[name].grad = None
-        return found
-
-
 def _halve(
     pool: ThreadPoolExecutor,
-    panels: Sequence[_Panel],
+    panels: Sequence[Panel],
     experts: ExpertSet,
     weights: Mapping[str, Tensor],
     solved: Mapping[str, Tensor],
@@ -287,7 +184,7 @@ def _halve(
     multiple = 1.0
     while multiple > _SHORTEST:
         shorten(multiple / 2)
-        shorter = sum(_merged(pool.map(_Panel.judge, panels)).values())
+        shorter = sum(_merged(pool.map(Panel.judge, panels)).values())
         if not shorter < divergence:
             shorten(multiple)
             break
@@ -297,7 +194,7 @@ def _halve(
 
 def _descend(
     pool: ThreadPoolExecutor,
-    panels: Sequence[_Panel],
+    panels: Sequence[Panel],
     reach: Mapping[str, float],
     steps: int,
     told: Callable[[int], None] | None,
@@ -311,7 +208,7 @@ def _descend(
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, _LAST, steps)
     for number in range(steps):
-        gradient = _summed(pool.map(_Panel.gradients, panels, [number] * len(panels)))
+        gradient = _summed(pool.map(Panel.gradients, panels, [number] * len(panels)))
         if number == 0:
             for group in optimizer.param_groups:
                 group["eps"] = _QUIET * _root_mean_square(gradient.values())

@@ -13,8 +13,9 @@ from poemerge.checkpoints.remote import as_path
 from poemerge.merging.engine import Job, Progress, open_job, run_shards
 from poemerge.merging.identity import input_identities
 from poemerge.merging.output import write_companions
+from poemerge.merging.panel import NetworkError
 from poemerge.merging.plan import Plan
-from poemerge.merging.refinement import NetworkError, refine, why_not_asked
+from poemerge.merging.refinement import refine, why_not_asked
 from poemerge.merging.sensitivity import gather
 from poemerge.merging.settings import Selection
 from poemerge.merging.staging import Staging, check_output, job_key
