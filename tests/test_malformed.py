@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from poemerge.checkpoints import ShardFile
+from poemerge.checkpoints.adapter import ADAPTER_WEIGHTS
 from poemerge.checkpoints.checkpoint import INDEX, SINGLE
 from poemerge.cli.main import main
-from tests.tiny import make_base, make_full_expert
+from tests.tiny import make_base, make_full_expert, make_lora_expert
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
 
@@ -219,6 +220,12 @@ def _infinite_bias(bad: Path) -> None:
     _tensors(bad, lambda tensors: tensors[bias].__setitem__(0, float("inf")))
 
 
+def _adapter_beside_weights(bad: Path) -> None:
+    make_lora_expert(bad.parent / "base", bad.parent / "adapter", seed=3)
+    shutil.copy(bad.parent / "adapter" / ADAPTER_WEIGHTS, bad)
+    shutil.rmtree(bad.parent / "adapter")
+
+
 CASES: dict[Callable[[Path], None], tuple[str, ...]] = {
     _truncated: (SINGLE, "truncated"),
     _cut_in_the_header: (SINGLE, "300 bytes"),
@@ -252,6 +259,7 @@ CASES: dict[Callable[[Path], None], tuple[str, ...]] = {
     _other_architecture: ("config.json", "num_attention_heads: 8"),
     _other_names: ("0 of the base's 39 parameters",),
     _nan: (SINGLE, QUERY, "NaN"),
+    _adapter_beside_weights: ("adapter_model.safetensors beside full weights",),
     _infinite_bias: (SINGLE, "encoder.layer.1.output.dense.bias", "infinite"),
 }
 
@@ -292,6 +300,42 @@ def test_a_malformed_base_is_named(models: Path, capsys: pytest.CaptureFixture[s
     assert QUERY in said
     assert str(models / "base") in said
     assert "expert:" not in said
+    assert not (models / "out").exists()
+
+
+def _factors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    change(tensors)
+    save_file(tensors, adapter / ADAPTER_WEIGHTS)
+
+
+@pytest.mark.parametrize("method", ["poe", "mean", "task_arithmetic", "ties"])
+def test_an_adapter_that_is_not_finite_is_named(models: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    shutil.rmtree(models / "bad")
+    make_lora_expert(models / "base", models / "bad", seed=3)
+    factor = f"base_model.model.{QUERY.removesuffix('weight')}lora_B.weight"
+    _factors(models / "bad", lambda tensors: tensors[factor].__setitem__((3, 1), float("nan")))
+    assert _merge(models, "--method", method) == 2
+    said = capsys.readouterr().err
+    for word in ("expert:   bad", ADAPTER_WEIGHTS, QUERY, "NaN"):
+        assert word in said
+    assert not (models / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=["float8", "int8"])
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_quantised_base_is_refused(
+    models: Path, capsys: pytest.CaptureFixture[str], dtype: torch.dtype, kind: str
+) -> None:
+    """What an expert did to weights that cannot be merged would be lost, and the rest merged."""
+    if kind == "adapter":
+        shutil.rmtree(models / "bad")
+        make_lora_expert(models / "base", models / "bad", seed=3)
+    _tensors(models / "base", lambda tensors: tensors.update({QUERY: (100 * tensors[QUERY]).to(dtype)}))
+    assert _merge(models) == 2
+    said = capsys.readouterr().err
+    for word in (str(models / "base" / SINGLE), QUERY, "F8_E4M3" if dtype.is_floating_point else "I8", "unquantised"):
+        assert word in said
     assert not (models / "out").exists()
 
 

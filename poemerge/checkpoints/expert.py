@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from poemerge.checkpoints.adapter import Adapter, is_adapter
+from poemerge.checkpoints.adapter import ADAPTER_WEIGHTS, Adapter, is_adapter
 from poemerge.checkpoints.checkpoint import HEAD, Checkpoint
 from poemerge.errors import CheckpointError, Problem
 
@@ -85,6 +85,17 @@ def open_expert(name: str, path: Path) -> Expert:
     if path.is_dir() and is_adapter(path):
         adapter = Adapter.open(path, name)
         return Expert(name, path, adapter, adapter.head)
+    if path.is_dir() and (path / ADAPTER_WEIGHTS).is_file():
+        # PEFT would put the adapter on these weights, and a merged model may have been saved beside its adapter.
+        raise CheckpointError(
+            Problem(
+                str(path),
+                f"{ADAPTER_WEIGHTS} beside full weights",
+                "one of the two: nothing tells whether the adapter is in the weights already",
+                "copy what this expert is into a folder of its own",
+                name,
+            )
+        )
     checkpoint = Checkpoint.open(path, name)
     if not len(checkpoint):
         raise CheckpointError(

@@ -17,7 +17,7 @@ from poemerge.checkpoints.compatibility import (
 )
 from poemerge.checkpoints.expert import Expert
 from poemerge.checkpoints.names import Rule, is_head, match_names
-from poemerge.checkpoints.safetensors_file import FLOATS
+from poemerge.checkpoints.safetensors_file import FLOATS, dtype_name
 from poemerge.checkpoints.vocabulary import vocabulary_problems
 from poemerge.errors import Problem
 
@@ -40,6 +40,7 @@ def meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterato
     matched = match_names(in_base, own_full + own_lora)
     if expert.kind == "full":
         matched |= renamed_embeddings(base, expert.weights, matched, config)
+    yield from _quantised_problems(base, expert, matched)
     # Buffers of integers are no weights, but an integer where the base has a weight is told below.
     own_full = [
         own
@@ -94,6 +95,25 @@ def meet(base: Checkpoint, expert: Expert, rules: Mapping[str, Rule]) -> Iterato
                 del expert.full[target]
     if expert.head is not None:
         yield from _shadow_problems(base, expert, expert.head, rules, own_full + own_lora)
+
+
+def _quantised_problems(base: Checkpoint, expert: Expert, matched: Mapping[str, str]) -> Iterator[Problem]:
+    """A weight that the expert holds or adapts and the base has quantised: it would stay at the base, and nobody told.
+
+    Buffers of integers (position_ids) are no weights.
+    """
+    quantised = sorted(
+        target for target in matched.values() if target.endswith("weight") and base.dtype(target) not in FLOATS
+    )
+    if quantised:
+        yield Problem(
+            str(base.file(quantised[0]).path),
+            f"dtype {dtype_name(base.dtype(quantised[0]))}" + (f" ({len(quantised)} such)" if quantised[1:] else ""),
+            "F64, F32, F16 or BF16 (quantised weights have no task vector)",
+            "use the unquantised base, and experts of it",
+            expert.name,
+            quantised[0],
+        )
 
 
 def _shadow_problems(

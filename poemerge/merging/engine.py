@@ -294,9 +294,10 @@ def _not_finite(experts: ExpertSet, error: NotFiniteError) -> Problem:
     expert = error.expert
     if expert is None:
         # Entry by entry merges see only the sum: look at who brought it.
-        deltas = experts.load(name)
-        if bool(deltas.base.isfinite().all()):
-            expert = next((one for one, own in deltas.whole.items() if not bool(own.isfinite().all())), None)
+        loaded = experts.load(name)
+        brought = [*loaded.whole.items(), *((one, own) for one, (b, a, _) in loaded.factors.items() for own in (b, a))]
+        if bool(loaded.base.isfinite().all()):
+            expert = next((one for one, own in brought if not bool(own.isfinite().all())), None)
     one = experts.experts[expert] if expert is not None else None
     own = None if one is None else one.full.get(name) or one.lora.get(name)
     path = experts.base.file(name).path
